@@ -1,0 +1,1 @@
+"""Pure tensor functions: grids, ranges, distances. They import torch and nothing of this project."""

@@ -1,0 +1,72 @@
+"""What shares one scale.
+
+| granularity        | input shape | scale shape                   | scale of element         |
+|--------------------|-------------|-------------------------------|--------------------------|
+| `PerTensor()`      | (*)         | ()                            | the one                  |
+| `PerChannel(axis)` | (*)         | (x.shape[axis],)              | its index along `axis`   |
+| `PerToken()`       | (*, C)      | (*, 1), fresh for every input | its row                  |
+| `PerGroup(size)`   | (*, C)      | (*, C / size, 1)              | its `size` neighbours    |
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale for each index along an axis."""
+
+    axis: int = 0
+    """Axis that is kept; negative values count from the end."""
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One scale for each row (last axis reduced), computed from the input itself at run time."""
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale for each run of `size` neighbours along the last axis."""
+
+    size: int = 128
+    """Elements that share a scale; must divide the last axis."""
+
+
+Granularity = PerTensor | PerChannel | PerToken | PerGroup
+
+
+def split_groups(x: Tensor, size: int) -> Tensor:
+    """Reshape (*, C) to (*, C / size, size).
+
+    Raises:
+        ValueError: If `size` does not divide the last axis.
+    """
+    if x.shape[-1] % size:
+        raise ValueError(f"group size {size} does not divide the last axis of {tuple(x.shape)}; choose a divisor")
+    return x.unflatten(-1, (x.shape[-1] // size, size))
+
+
+def extrema(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Return (minimum, maximum) of `x`, each of the scale shape that `granularity` names.
+
+    NaN propagates into both.
+
+    Example:
+        >>> import torch
+        >>> low, high = extrema(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), PerChannel(0))
+        >>> low.tolist(), high.tolist()
+        ([-2.0, 3.0], [1.0, 4.0])
+    """
+    if isinstance(granularity, PerTensor):
+        return x.aminmax()
+    if isinstance(granularity, PerChannel):
+        return x.movedim(granularity.axis, 0).flatten(1).aminmax(dim=1) if x.dim() > 1 else (x, x)
+    rows = x if isinstance(granularity, PerToken) else split_groups(x, granularity.size)
+    return rows.aminmax(dim=-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Quantizers, and the layers that hold them."""

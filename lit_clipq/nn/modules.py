@@ -1,0 +1,158 @@
+"""Layers whose operands are quantized: linear, convolution, matrix product.
+
+Each stands in for its float original and starts in `Phase.FLOAT`, where it computes the same bits. `freeze` turns the
+weight into integer codes; `Phase.QUANTIZED` rounds every operand that has a quantizer.
+"""
+
+from enum import Enum, auto
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_clipq.nn.matmul import MatMul
+from lit_clipq.nn.quantizer import UniformQuantizer
+
+
+class Phase(Enum):
+    """What a layer's forward computes."""
+
+    FLOAT = auto()
+    QUANTIZED = auto()
+
+
+class QModule(nn.Module):
+    """A matrix product with one quantizer for each of its inputs.
+
+    Attributes:
+        input_quantizers: One entry an operand of `forward`; an absent quantizer leaves that operand float.
+        phase: Whether `forward` quantizes.
+    """
+
+    operands: tuple[str, ...] = ()
+
+    def __init__(self, input_quantizers: tuple[UniformQuantizer | None, ...]) -> None:
+        super().__init__()
+        if len(input_quantizers) != len(self.operands):
+            raise ValueError(f"expected a quantizer or None for each of {self.operands}, got {len(input_quantizers)}")
+        self.input_quantizers = nn.ModuleDict(
+            {name: q for name, q in zip(self.operands, input_quantizers, strict=True) if q is not None}
+        )
+        self.phase = Phase.FLOAT
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Compute the product of the inputs, rounded first in `Phase.QUANTIZED`."""
+        if self.phase is Phase.FLOAT:
+            return self.product(*inputs)
+        quantizers = self.input_quantizers
+        rounded = (
+            quantizers[name](x) if name in quantizers else x for name, x in zip(self.operands, inputs, strict=True)
+        )
+        return self.product(*rounded)
+
+    def product(self, *inputs: Tensor) -> Tensor:
+        """Compute the float product with the weight the layer holds now."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """End calibration: from here on `forward` quantizes."""
+        self.phase = Phase.QUANTIZED
+
+
+class QWeighted(QModule):
+    """A product with a weight of its own, which `freeze` replaces by integer codes.
+
+    State after `freeze`: `weight_codes` (int8 up to 8 bits, int16 above; shifted by 2^(b-1) on affine grids so that
+    they are signed) and the quantizers' parameters. `weight` is then a cache of the decoded codes and not saved.
+    """
+
+    operands = ("input",)
+    bias: Tensor | None
+    weight_codes: Tensor | None
+
+    def __init__(
+        self,
+        original: nn.Linear | nn.Conv2d,
+        weight_quantizer: UniformQuantizer | None,
+        input_quantizer: UniformQuantizer | None,
+    ) -> None:
+        super().__init__((input_quantizer,))
+        self.weight: Tensor = original.weight
+        self.bias = original.bias
+        self.weight_quantizer = weight_quantizer
+        self.register_buffer("weight_codes", None)
+        self.training = original.training
+
+    def freeze(self) -> None:
+        """Replace the weight by its codes; without a weight quantizer the float weight stays."""
+        quantizer = self.weight_quantizer
+        if quantizer is not None:
+            codes = quantizer.codes(self.weight.detach()) - _storage_shift(quantizer)
+            self.load_codes(codes.to(torch.int8 if quantizer.bits <= 8 else torch.int16))
+        super().freeze()
+
+    def load_codes(self, codes: Tensor) -> None:
+        """Hold stored codes and the weight they decode to."""
+        quantizer = cast(UniformQuantizer, self.weight_quantizer)
+        decoded = quantizer.decode(codes.int() + _storage_shift(quantizer)).to(self.weight.dtype)
+        self.weight_codes = codes
+        del self.weight
+        self.register_buffer("weight", decoded, persistent=False)
+
+
+class QLinear(QWeighted):
+    """Quantized `nn.Linear`: input (*, in), output (*, out)."""
+
+    def __init__(
+        self, original: nn.Linear, weight_quantizer: UniformQuantizer | None, input_quantizer: UniformQuantizer | None
+    ) -> None:
+        super().__init__(original, weight_quantizer, input_quantizer)
+        self.in_features, self.out_features = original.in_features, original.out_features
+        self.segments: tuple[int, ...] = getattr(original, "segments", (original.out_features,))
+
+    def product(self, *inputs: Tensor) -> Tensor:
+        """Return `input @ weight.T + bias`."""
+        return F.linear(inputs[0], self.weight, self.bias)
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        """Answer `x @ layer`, the form in which open_clip applies its bare projections."""
+        return cast(Tensor, self(x))
+
+
+class QConv2d(QWeighted):
+    """Quantized `nn.Conv2d`: input (B, C, H, W), zero or other padding applied to the rounded input."""
+
+    def __init__(
+        self, original: nn.Conv2d, weight_quantizer: UniformQuantizer | None, input_quantizer: UniformQuantizer | None
+    ) -> None:
+        super().__init__(original, weight_quantizer, input_quantizer)
+        self.in_channels, self.out_channels = original.in_channels, original.out_channels
+        self.kernel_size, self.stride = original.kernel_size, original.stride
+        self.padding, self.dilation, self.groups = original.padding, original.dilation, original.groups
+        self.padding_mode = original.padding_mode
+        self._reversed_padding_repeated_twice = original._reversed_padding_repeated_twice
+
+    def product(self, *inputs: Tensor) -> Tensor:
+        """Return the convolution with the layer's stride, padding, dilation and groups."""
+        return nn.Conv2d._conv_forward(cast(nn.Conv2d, self), inputs[0], self.weight, self.bias)
+
+
+class QMatMul(QModule):
+    """Quantized `a @ b` of two activations, batched over the leading axes."""
+
+    operands = ("a", "b")
+
+    def __init__(
+        self, original: MatMul, a_quantizer: UniformQuantizer | None, b_quantizer: UniformQuantizer | None
+    ) -> None:
+        super().__init__((a_quantizer, b_quantizer))
+        self.training = original.training
+
+    def product(self, *inputs: Tensor) -> Tensor:
+        """Return `a @ b`."""
+        return inputs[0] @ inputs[1]
+
+
+def _storage_shift(quantizer: UniformQuantizer) -> int:
+    return 0 if quantizer.symmetric else 2 ** (quantizer.bits - 1)
