@@ -1,3 +1,22 @@
-"""Calibrate, quantize and evaluate CLIP after training."""
+"""Calibrate, quantize and evaluate CLIP after training.
+
+`lit_clipq.quantize(model, batches, recipe)` is the one verb; `load_clip` and `recipes` are what it needs. All are loaded
+on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_clip", "quantize", "recipes"]
+
+_LAZY = {"quantize": "lit_clipq.api", "load_clip": "lit_clipq.models"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    if name == "recipes":
+        return import_module("lit_clipq.recipes")
+    raise AttributeError(f"module 'lit_clipq' has no attribute {name!r}")

@@ -1,0 +1,176 @@
+"""The one verb: `quantize(model, batches, recipe)`."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_clipq.calibration.distributed import gather
+from lit_clipq.calibration.engine import Calibration
+from lit_clipq.calibration.profile import Profile, profile
+from lit_clipq.errors import CalibrationError, ConfigError, ModelError
+from lit_clipq.models import encode_image, encode_text, fold_batchnorm, make_explicit
+from lit_clipq.nn.modules import QModule
+from lit_clipq.nn.size import stored_bytes
+from lit_clipq.nn.swap import QuantizationMap, find_layers
+from lit_clipq.recipes.base import Recipe, handler_of, name_of, plan
+
+log = logging.getLogger(__name__)
+
+_STATISTICS_BYTES = 8  # a float32 minimum and maximum for each operand
+Batch = Any
+Forward = Callable[[Batch], Any]
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What `quantize` did, or with `dry_run` would do."""
+
+    recipe: str
+    """Registered name of the recipe."""
+    map: QuantizationMap
+    """Every matrix product and what became of it."""
+    seconds: float
+    """Wall time of calibration, reading the batches included; 0 for a dry run."""
+    float_bytes: int
+    """Size of the float parameters and buffers."""
+    quantized_bytes: int
+    """Size of codes (packed to their width), grids and whatever stayed float."""
+    passes: int
+    """Passes over the calibration set."""
+    memory_bytes: int
+    """Predicted size of what calibration stores beside the model."""
+
+
+def quantize(
+    model: nn.Module | Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    recipe: Recipe,
+    *,
+    forward: Forward | None = None,
+    dry_run: bool = False,
+    memory_limit_bytes: int | None = None,
+) -> QuantizationReport:
+    """Quantize a network in place, after training, from a few unlabelled batches.
+
+    Attention is made explicit and BatchNorm folded first (the function stays the same), then the layers are swapped,
+    calibrated and frozen. If calibration fails the float layers are put back.
+
+    Args:
+        model: A CLIP, called `clip` in layer names, or named networks.
+        batches: Calibration batches. For a CLIP (images, texts): float (B, 3, H, W) and int64 (B, L), either may be
+            `None`. An iterator is read into memory once, anything else is iterated anew for each pass.
+        recipe: What to do.
+        forward: Runs the networks on a batch; by default both towers of the CLIP.
+        dry_run: Only plan and measure; no layer is swapped.
+        memory_limit_bytes: Bound on what calibration stores beside the model; `None` is no bound.
+
+    Returns:
+        The report. With all widths at 32 bits nothing is touched.
+
+    Raises:
+        ConfigError: For a pattern that matches nothing, or a network without quantizable layers.
+        ModelError: For weights that are not finite.
+        CalibrationError: For an empty calibration set, layers it does not reach, NaN or Inf on the way, a memory limit
+            below what is needed.
+
+    Example:
+        >>> from lit_clipq.models import load_clip
+        >>> from lit_clipq.recipes import Vanilla
+        >>> clip = load_clip("mini-vit").model
+        >>> batch = torch.rand(2, 3, 64, 64), torch.ones(2, 32, dtype=torch.long)
+        >>> report = quantize(clip, [batch], Vanilla())
+        >>> len(report.map.quantized) > 0
+        True
+    """
+    roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
+    batches = list(batches) if iter(batches) is batches else batches  # type: ignore[call-overload]
+    forward = forward or _clip_forward(roots)
+    started = time.perf_counter()
+    with torch.inference_mode(False), torch.enable_grad():
+        float_bytes = sum(stored_bytes(root) for root in roots.values())
+        if recipe.bits.all_float:
+            return QuantizationReport(name_of(recipe), QuantizationMap(), 0.0, float_bytes, float_bytes, 0, 0)
+        _check_weights(roots)
+        for root in roots.values():
+            root.eval()
+            fold_batchnorm(root)
+            make_explicit(root)
+        layers = find_layers(roots)
+        if not layers:
+            quantized = any(isinstance(m, QModule) for root in roots.values() for m in root.modules())
+            hint = "it is quantized already; load it anew" if quantized else "give a network that has some"
+            raise ConfigError(f"expected linear, convolution or matrix product layers in {', '.join(roots)}: {hint}")
+        planned = plan(recipe, layers)
+        cost = _measure(roots, layers, batches, forward)
+        planned = planned.with_macs(cost.macs)
+        memory_bytes = sum(_STATISTICS_BYTES * (1 + (e.weight_bits is None)) for e in planned.quantized)
+        if memory_limit_bytes is not None and memory_bytes > memory_limit_bytes:
+            raise CalibrationError(
+                f"calibration needs {memory_bytes} bytes beside the model, the limit is {memory_limit_bytes}; "
+                "raise memory_limit_gb"
+            )
+        calibration = Calibration(roots, layers, planned, batches, forward)
+        if not dry_run:
+            _run(recipe, calibration)
+        return QuantizationReport(
+            recipe=name_of(recipe),
+            map=planned,
+            seconds=0.0 if dry_run else time.perf_counter() - started,
+            float_bytes=float_bytes,
+            quantized_bytes=sum(stored_bytes(root) for root in roots.values()),
+            passes=1,
+            memory_bytes=memory_bytes,
+        )
+
+
+def _run(recipe: Recipe, calibration: Calibration) -> None:
+    try:
+        handler_of(recipe)(recipe, calibration)
+    except BaseException:
+        calibration.undo()
+        raise
+
+
+def _measure(roots: Mapping[str, nn.Module], layers: list[Any], batches: Iterable[Batch], forward: Forward) -> Profile:
+    """Profile the first batch; under several ranks the first rank that has one speaks for all."""
+    first = next(iter(batches), None)
+    own = profile(roots, layers, forward, first, _samples(first)) if first is not None else None
+    found = next((p for p in gather(own) if p is not None), None)
+    if found is None:
+        raise CalibrationError("the calibration set is empty; give at least one batch (calibration_samples >= 1)")
+    return found
+
+
+def _samples(batch: Batch) -> int:
+    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    return max((len(x) for x in tensors if isinstance(x, Tensor)), default=1)
+
+
+def _check_weights(roots: Mapping[str, nn.Module]) -> None:
+    for root, module in roots.items():
+        for name, value in module.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ModelError(f"expected finite weights, got NaN or Inf in {root}.{name}; load an intact checkpoint")
+
+
+def _clip_forward(roots: Mapping[str, nn.Module]) -> Forward:
+    clip = roots.get("clip")
+    if clip is None or len(roots) > 1:
+        raise ConfigError(f"networks named {', '.join(roots)} need a `forward` that runs them on a batch")
+
+    def forward(batch: Batch) -> dict[str, Tensor]:
+        images, texts = batch
+        device = next(clip.parameters()).device
+        outputs = {}
+        if images is not None:
+            outputs["image"] = nn.functional.normalize(encode_image(clip, images.to(device)), dim=-1)
+        if texts is not None:
+            outputs["text"] = nn.functional.normalize(encode_text(clip, texts.to(device)), dim=-1)
+        return outputs
+
+    return forward

@@ -1,0 +1,1 @@
+"""Calibration: run the network on a few batches and keep what the recipes need."""

@@ -1,0 +1,19 @@
+"""Exchanges between ranks that are the identity on one process."""
+
+from typing import Any, TypeVar
+
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks in order of rank; `[value]` without a process group.
+
+    Meant for small things on the CPU (ranges, profiles): they travel pickled between the processes of one run.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

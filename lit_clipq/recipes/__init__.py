@@ -1,0 +1,7 @@
+"""Recipes: one file a method. Importing this package registers them all."""
+
+from lit_clipq.recipes.base import Recipe, make_recipe, name_of, recipe_names
+from lit_clipq.recipes.bits import BitWidths
+from lit_clipq.recipes.vanilla import Vanilla
+
+__all__ = ["BitWidths", "Recipe", "Vanilla", "make_recipe", "name_of", "recipe_names"]

@@ -1,0 +1,106 @@
+"""What a recipe is: a frozen dataclass that says what, and a registered handler that does it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from lit_clipq.calibration.engine import Calibration
+from lit_clipq.errors import ConfigError
+from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry, QuantizationMap, select
+from lit_clipq.recipes.bits import BitWidths
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options every recipe has."""
+
+    bits: BitWidths = field(default_factory=BitWidths)
+    """Widths of weights and activations, for each tower."""
+    include: tuple[str, ...] = ()
+    """Shell patterns of layer names to quantize; empty means all."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of layer names to leave float."""
+    attention_products: bool = True
+    """Whether QK^T and attention x V are quantized as well."""
+
+
+R = TypeVar("R", bound=Recipe)
+Handler = Callable[[Any, Calibration], None]
+_RECIPES: dict[str, tuple[type[Recipe], Handler]] = {}
+
+
+def register(name: str, recipe: type[R]) -> Callable[[Callable[[R, Calibration], None]], Callable]:
+    """Register a recipe and its handler under the name the command line uses."""
+
+    def add(handler: Callable[[R, Calibration], None]) -> Callable[[R, Calibration], None]:
+        _RECIPES[name] = (recipe, handler)
+        return handler
+
+    return add
+
+
+def recipe_names() -> list[str]:
+    """Return the registered names, sorted."""
+    return sorted(_RECIPES)
+
+
+def make_recipe(name: str, **options: Any) -> Recipe:
+    """Build a recipe by name; options it does not have are refused.
+
+    Raises:
+        ConfigError: For an unknown name or option.
+    """
+    if name not in _RECIPES:
+        close = get_close_matches(name, _RECIPES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"unknown recipe {name!r}, expected one of {', '.join(recipe_names())}{hint}")
+    recipe = _RECIPES[name][0]
+    unknown = sorted(set(options) - {f.name for f in fields(recipe)})
+    if unknown:
+        raise ConfigError(f"recipe {name!r} has no option {', '.join(unknown)}; leave it out")
+    return recipe(**options)
+
+
+def name_of(recipe: Recipe) -> str:
+    """Return the name a recipe is registered under.
+
+    Raises:
+        ConfigError: If its class was never registered.
+    """
+    for name, (kind, _) in _RECIPES.items():
+        if type(recipe) is kind:
+            return name
+    raise ConfigError(
+        f"{type(recipe).__name__} is not a registered recipe; expected one of {', '.join(recipe_names())}"
+    )
+
+
+def handler_of(recipe: Recipe) -> Handler:
+    """Return the function that applies `recipe`."""
+    return _RECIPES[name_of(recipe)][1]
+
+
+def plan(recipe: Recipe, layers: list[Layer]) -> QuantizationMap:
+    """Decide what becomes of each layer, from widths, patterns and `attention_products`.
+
+    Raises:
+        ConfigError: For a pattern that matches no layer.
+    """
+    left_out = select(layers, recipe.include, recipe.exclude)
+    return QuantizationMap(tuple(_entry(recipe, layer, left_out) for layer in layers))
+
+
+def _entry(recipe: Recipe, layer: Layer, left_out: Mapping[str, str]) -> MapEntry:
+    weight_bits, activation_bits = recipe.bits.of(layer.tower)
+    has_weight = layer.kind.has_weight
+    reason = left_out.get(layer.name, "")
+    if not reason and layer.kind.name == "matmul" and not recipe.attention_products:
+        reason = "attention products are off in this recipe"
+    if not reason and activation_bits == FLOAT_BITS and (weight_bits == FLOAT_BITS or not has_weight):
+        reason = f"{layer.tower} is set to {FLOAT_BITS} bits"
+    if reason:
+        weight_bits = activation_bits = FLOAT_BITS
+    return MapEntry(
+        layer.name, layer.tower, layer.kind.name, weight_bits if has_weight else None, activation_bits, reason=reason
+    )
