@@ -1,0 +1,164 @@
+"""Quantize a task's networks when Lightning is about to evaluate or to train."""
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import move_data_to_device
+
+from lit_clipq.api import QuantizationReport, quantize
+from lit_clipq.errors import CalibrationError, ConfigError
+from lit_clipq.recipes import BitWidths, Recipe, make_recipe
+
+log = logging.getLogger(__name__)
+
+
+class Quantize(pl.Callback):
+    """Calibrate and quantize the network before it is evaluated, or before a head is trained on it.
+
+    The more specific width wins: `{vision,text}_{weight,activation}_bits`, then `{vision,text}_bits` and
+    `{weight,activation}_bits`, then `bits`; two of equal rank that disagree are an error.
+
+    In `validate` and `test` this happens at the start of the loop, once; in `fit` already in `setup`, before the
+    network is wrapped for several devices and before a checkpoint is restored.
+
+    Args:
+        recipe: Name of the method (`vanilla`); null leaves the network float.
+        bits: Width of every weight and activation: 2 to 16, or 32 for float. Default 8.
+        vision_bits: Width in the image tower.
+        text_bits: Width in the text tower.
+        weight_bits: Width of weights.
+        activation_bits: Width of activations.
+        vision_weight_bits: Width of weights in the image tower.
+        vision_activation_bits: Width of activations in the image tower.
+        text_weight_bits: Width of weights in the text tower.
+        text_activation_bits: Width of activations in the text tower.
+        include: Shell patterns of layer names to quantize, such as `clip.visual.*`; empty means all.
+        exclude: Shell patterns of layer names to leave float.
+        attention_products: Whether QK^T and attention x V are quantized; null takes the recipe's own default.
+        options: Further options of the recipe by name.
+        calibration_samples: Pictures (with their texts) to calibrate on, over all devices.
+        calibration_batch_size: Pictures in one calibration batch.
+        seed: Seed of the choice of calibration samples.
+        memory_limit_gb: Bound on what calibration may store, in 10^9 bytes; null is no bound.
+        dry_run: Print what would be quantized, its cost and its share, and stop.
+    """
+
+    def __init__(
+        self,
+        recipe: str | None = None,
+        bits: int | None = None,
+        vision_bits: int | None = None,
+        text_bits: int | None = None,
+        weight_bits: int | None = None,
+        activation_bits: int | None = None,
+        vision_weight_bits: int | None = None,
+        vision_activation_bits: int | None = None,
+        text_weight_bits: int | None = None,
+        text_activation_bits: int | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        attention_products: bool | None = None,
+        options: dict[str, Any] | None = None,
+        calibration_samples: int = 128,
+        calibration_batch_size: int = 32,
+        seed: int = 0,
+        memory_limit_gb: float | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        widths = {
+            "bits": bits,
+            "vision_bits": vision_bits,
+            "text_bits": text_bits,
+            "weight_bits": weight_bits,
+            "activation_bits": activation_bits,
+            "vision_weight_bits": vision_weight_bits,
+            "vision_activation_bits": vision_activation_bits,
+            "text_weight_bits": text_weight_bits,
+            "text_activation_bits": text_activation_bits,
+        }
+        resolved = BitWidths.resolve(widths)
+        for name, value in (
+            ("calibration_samples", calibration_samples),
+            ("calibration_batch_size", calibration_batch_size),
+        ):
+            if value < 1:
+                raise ConfigError(f"quantize.{name} must be at least 1, got {value}")
+        self.recipe: Recipe | None = None
+        if recipe is not None:
+            chosen: dict[str, Any] = dict(options or {})
+            if attention_products is not None:
+                chosen["attention_products"] = attention_products
+            self.recipe = make_recipe(
+                recipe, bits=resolved, include=tuple(include or ()), exclude=tuple(exclude or ()), **chosen
+            )
+        self.calibration_samples = calibration_samples
+        self.calibration_batch_size = calibration_batch_size
+        self.seed = seed
+        self.memory_limit_gb = memory_limit_gb
+        self.dry_run = dry_run
+        self.paused = False
+        self.report: QuantizationReport | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the run is to quantize anything at all."""
+        return self.recipe is not None and not self.recipe.bits.all_float
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """In `fit`: quantize here, on the device of this process."""
+        if stage == TrainerFn.FITTING and self.active:
+            pl_module.to(trainer.strategy.root_device)
+            self._apply(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In `validate`: quantize before the first batch."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._apply(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In `test`: quantize before the first batch."""
+        self._apply(trainer, pl_module)
+
+    def _apply(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.paused or not self.active or self.report is not None or self.recipe is None:
+            return
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(datamodule, "calibration_dataloader"):
+            raise CalibrationError(
+                f"expected a datamodule with `calibration_dataloader`, got {type(datamodule).__name__}; "
+                "use one of `datamodules`"
+            )
+        batches = datamodule.calibration_dataloader(
+            samples=self.calibration_samples, batch_size=self.calibration_batch_size, seed=self.seed
+        )
+
+        def forward(batch: Any) -> Any:
+            return pl_module.calibration_forward(move_data_to_device(batch, pl_module.device))
+
+        with torch.inference_mode(False), torch.enable_grad():
+            self.report = quantize(
+                pl_module.roots(),
+                batches,
+                self.recipe,
+                forward=forward,
+                dry_run=self.dry_run,
+                memory_limit_bytes=None if self.memory_limit_gb is None else int(self.memory_limit_gb * 1e9),
+            )
+        log.info("quantized %d layers in %.1f s", len(self.report.map.quantized), self.report.seconds)
+        if self.dry_run:
+            raise DryRunComplete(self.report)
+
+
+class DryRunComplete(Exception):  # noqa: N818 - it ends the run as asked, nothing went wrong
+    """Ends a run after the plan is made.
+
+    Attributes:
+        report: The plan.
+    """
+
+    def __init__(self, report: QuantizationReport) -> None:
+        super().__init__("dry run complete")
+        self.report = report

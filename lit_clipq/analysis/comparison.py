@@ -1,0 +1,150 @@
+"""Float against quantized: the record of one run, as JSON and as a table."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lit_clipq.nn.swap import QuantizationMap
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference quantized - float with its bootstrap confidence bounds, as fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One evaluation of one model, float and quantized. Metrics are fractions."""
+
+    task: str
+    model: str
+    pretrained: str | None
+    recipe: str | None
+    bits: dict[str, int] | None
+    float_metrics: dict[str, float]
+    quantized_metrics: dict[str, float]
+    differences: dict[str, Interval]
+    samples: dict[str, int]
+    float_bytes: int
+    quantized_bytes: int
+    calibration_seconds: float
+    calibration_samples: int
+    map: QuantizationMap
+    versions: dict[str, str]
+    seed: int
+    quantize_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def float_macs_share(self) -> float:
+        """Share of multiply-accumulates that stayed float; 1 where nothing was quantized."""
+        return self.map.float_share
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `results.json`."""
+        return {
+            "task": self.task,
+            "model": self.model,
+            "pretrained": self.pretrained,
+            "recipe": self.recipe,
+            "bits": self.bits,
+            "metrics": {
+                "float": self.float_metrics,
+                "quantized": self.quantized_metrics,
+                "difference": {name: vars(interval) for name, interval in self.differences.items()},
+            },
+            "samples": self.samples,
+            "size_bytes": {"float": self.float_bytes, "quantized": self.quantized_bytes},
+            "calibration_seconds": self.calibration_seconds,
+            "calibration_samples": self.calibration_samples,
+            "float_macs_share": self.float_macs_share,
+            "quantize": self.quantize_options,
+            "map": self.map.to_json(),
+            "versions": self.versions,
+            "seed": self.seed,
+        }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that `path` holds either its old content or all of the new one.
+
+    Raises:
+        OSError: If the folder cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def comparison_table(result: Comparison) -> RenderableType:
+    """Render float | quantized | difference of every metric in percent, then size, time and coverage."""
+    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.samples.items())
+    method = _method(result)
+    table = Table(title=f"{result.task} · {result.model} · {method}", title_justify="left", caption=f"N: {counts}")
+    table.caption_justify = "left"
+    for name, justify in (("", "left"), ("float", "right"), ("quantized", "right"), ("difference", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, value in result.float_metrics.items():
+        quantized = result.quantized_metrics[name]
+        table.add_row(f"{name} (%)", f"{100 * value:.2f}", f"{100 * quantized:.2f}", _difference(result, name))
+    table.add_section()
+    float_mb, quantized_mb = result.float_bytes / 1e6, result.quantized_bytes / 1e6
+    ratio = f"{result.float_bytes / result.quantized_bytes:.2f}x smaller" if quantized_mb else ""
+    table.add_row("model size (MB)", f"{float_mb:.2f}", f"{quantized_mb:.2f}", ratio)
+    table.add_row("calibration (s)", "", f"{result.calibration_seconds:.1f}", f"{result.calibration_samples} samples")
+    table.add_row("float multiply-accumulates (%)", "100.00", f"{100 * result.float_macs_share:.2f}", "")
+    note = "difference: quantized - float in points, with a 95 % interval from a paired bootstrap over pictures"
+    return Group(table, Text(note, style="dim"))
+
+
+def map_table(map_: QuantizationMap) -> RenderableType:
+    """Render a row per layer: widths, share of the multiply-accumulates, and why a layer stayed float."""
+    total = sum(entry.macs for entry in map_.entries) or 1.0
+    table = Table(title=f"{len(map_.quantized)} of {len(map_.entries)} layers quantized", title_justify="left")
+    for name in ("layer", "kind", "weights", "activations", "MACs (%)", "stays float because"):
+        table.add_column(name, justify="right" if name in ("weights", "activations", "MACs (%)") else "left")
+    for entry in map_.entries:
+        weights = "-" if entry.weight_bits is None else str(entry.weight_bits)
+        share = f"{100 * entry.macs / total:.3f}"
+        table.add_row(entry.name, entry.kind, weights, str(entry.activation_bits), share, entry.reason)
+    return table
+
+
+def _method(result: Comparison) -> str:
+    if result.recipe is None or result.bits is None:
+        return "float"
+    widths = {
+        f"{tower}: W{result.bits[f'{tower}_weight']}A{result.bits[f'{tower}_activation']}"
+        for tower in ("vision", "text")
+    }
+    values = {width.split(": ")[1] for width in widths}
+    return f"{result.recipe} {values.pop() if len(values) == 1 else ', '.join(sorted(widths, reverse=True))}"
+
+
+def _difference(result: Comparison, name: str) -> str:
+    interval = result.differences.get(name)
+    if interval is None:
+        return f"{100 * (result.quantized_metrics[name] - result.float_metrics[name]):+.2f}"
+    return f"{100 * interval.value:+.2f} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"

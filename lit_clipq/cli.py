@@ -1,0 +1,200 @@
+"""Composition root: the console scripts `lightning` and `lit-clipq`."""
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from rich.console import Console
+
+import callbacks
+import datamodules
+from callbacks.quantize import DryRunComplete, Quantize
+from lit_clipq.analysis.comparison import comparison_table, map_table
+from lit_clipq.api import QuantizationReport
+from lit_clipq.errors import ConfigError, LitClipqError
+from lit_clipq.trainer import QuantTrainer
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser; a parse error is this program's own kind of error (exit code 1, one sentence)."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the parse error as a `ConfigError`."""
+        cause = ex
+        while cause is not None:
+            if isinstance(cause, LitClipqError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(_tidy(message)) from ex
+
+
+class FitConfig(SaveConfigCallback):
+    """Save the configuration beside the checkpoints of a `fit`; evaluations leave no file but their results."""
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Save when training starts."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class ClipQuantCLI(LightningCLI):
+    """LightningCLI with fit, validate and test, and quantization as the top-level group `quantize`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Name the subcommands and the arguments of their methods that the CLI gives itself."""
+        own = {"model", "dataloaders", "datamodule", "verbose"}
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": own,
+            "test": own,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--quantize.*` and `--results`."""
+        parser.add_lightning_class_args(Quantize, "quantize")
+        parser.add_argument("--results", type=str, default="results.json", help="Where the results are written (JSON).")
+        parser.link_arguments("results", "trainer.results")
+
+    def after_validate(self) -> None:
+        """Print the comparison."""
+        self._print_comparison()
+
+    def after_test(self) -> None:
+        """Print the comparison."""
+        self._print_comparison()
+
+    def _print_comparison(self) -> None:
+        if self.trainer.is_global_zero and self.trainer.comparison is not None:
+            console().print(comparison_table(self.trainer.comparison))
+            console().print(f"written to {self.trainer.results}", style="dim", highlight=False)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 1 after an error that is told in one sentence."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    _quieten()
+    try:
+        _check_neighbours()
+        ClipQuantCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=FitConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_class=QuantTrainer,
+            trainer_defaults={"use_distributed_sampler": False},
+            seed_everything_default=False,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            args=resolve_configs(list(sys.argv[1:] if args is None else args)),
+        )
+    except DryRunComplete as done:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            _print_plan(done.report)
+    except LitClipqError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def resolve_configs(args: Sequence[str]) -> list[str]:
+    """Replace the value of each `--config` by a file that exists: as given, or a shipped one of that name.
+
+    `coco_retrieval`, `coco_retrieval.yaml` and `configs/coco_retrieval.yaml` all name the shipped file, in a checkout
+    and away from it.
+
+    Raises:
+        ConfigError: If there is neither a file nor a shipped configuration of that name.
+    """
+    resolved, expects_value = [], False
+    for arg in args:
+        option, equals, value = arg.partition("=")
+        if expects_value:
+            resolved.append(str(find_config(arg)))
+        elif option in ("--config", "-c") and equals:
+            resolved.append(f"{option}={find_config(value)}")
+        else:
+            resolved.append(arg)
+        expects_value = arg in ("--config", "-c") and not expects_value
+    return resolved
+
+
+def find_config(name: str) -> Path:
+    """Return the configuration file called `name`.
+
+    Raises:
+        ConfigError: If there is none; lists the shipped ones.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = Path(str(files("lit_clipq.configs")))
+    relative = name.removeprefix("./").removeprefix("configs/")
+    for candidate in (shipped / relative, shipped / f"{relative}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(path.relative_to(shipped).with_suffix("").as_posix() for path in shipped.rglob("*.yaml"))
+    close = get_close_matches(relative.removesuffix(".yaml"), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"no configuration file {name!r}; expected a path or one of {', '.join(known)}{hint}")
+
+
+def console() -> Console:
+    """Return a console for results; wide enough for whole names where the output is not a terminal."""
+    probe = Console()
+    return probe if probe.is_terminal else Console(width=160)
+
+
+def _print_plan(report: QuantizationReport) -> None:
+    out = console()
+    out.print(map_table(report.map))
+    out.print(
+        f"recipe {report.recipe}: {100 * report.map.float_share:.2f} % of the multiply-accumulates stay float; "
+        f"{report.passes} pass over the calibration set, {report.memory_bytes / 1e6:.3f} MB stored beside the model; "
+        "dry run, nothing was quantized or evaluated",
+        highlight=False,
+    )
+
+
+def _check_neighbours() -> None:
+    """Make sure that `datamodules` and `callbacks` are this project's.
+
+    Raises:
+        ConfigError: If another package of that name comes first on the import path.
+    """
+    expected = Path(__file__).resolve().parents[1]
+    for module in (callbacks, datamodules):
+        found = Path(str(module.__file__)).resolve().parents[1]
+        if found != expected:
+            raise ConfigError(
+                f"`{module.__name__}` was imported from {found}, expected {expected}: another package shadows it; "
+                "rename that one or run from another folder"
+            )
+
+
+def _quieten() -> None:
+    """Silence advice of Lightning's that does not fit an evaluation."""
+    for message in (".*does not have many workers.*", ".*`Trainer.fit` stopped.*", ".*LeafSpec.*", ".*isinstance.*"):
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _tidy(message: str) -> str:
+    """Make one sentence of jsonargparse's nested report of what it tried."""
+    lines = [re.sub(r"\s+", " ", line).strip(" -") for line in message.splitlines() if line.strip()]
+    return "; ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

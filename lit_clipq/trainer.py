@@ -1,0 +1,299 @@
+"""A Trainer whose `validate` and `test` measure the float network first, then the quantized one."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from lit_clipq.analysis.comparison import Comparison, Interval, write_json
+from lit_clipq.api import QuantizationReport
+from lit_clipq.errors import ConfigError
+from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
+from lit_clipq.nn.size import stored_bytes
+from lit_clipq.nn.swap import QuantizationMap
+from lit_clipq.paths import cache_dir
+from lit_clipq.recipes import Recipe, name_of
+
+log = logging.getLogger(__name__)
+_PACKAGES = ("lit-clipq", "torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "timm")
+
+
+@runtime_checkable
+class Quantizing(Protocol):
+    """The callback that quantizes, as far as this Trainer needs to know it."""
+
+    recipe: Recipe | None
+    calibration_samples: int
+    seed: int
+    paused: bool
+    dry_run: bool
+    report: QuantizationReport | None
+
+    @property
+    def active(self) -> bool:
+        """Whether the run quantizes anything."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Values of one metric for single samples."""
+
+    values: list[float]
+    clusters: list[int]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One pass over the evaluation set."""
+
+    metrics: dict[str, float]
+    scores: dict[str, Scores]
+    samples: dict[str, int]
+
+
+class QuantTrainer(Trainer):
+    """Lightning's Trainer, with float-then-quantized evaluation.
+
+    Args:
+        *args: Lightning's.
+        results: Where `results.json` is written.
+        float_cache: Whether the float measurement is remembered between runs, by model, data and options.
+        **kwargs: Lightning's.
+    """
+
+    def __init__(self, *args: Any, results: str = "results.json", float_cache: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.results = results
+        self.float_cache = float_cache
+        self.comparison: Comparison | None = None
+
+    def validate(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate float, then quantized, and write `results.json`.
+
+        Args:
+            model: A task.
+            dataloaders: Loaders, if there is no datamodule.
+            ckpt_path: Checkpoint of the task to load first.
+            verbose: Whether Lightning prints its own table; the comparison replaces it.
+            datamodule: One of `datamodules`.
+            weights_only: Whether loading the checkpoint refuses pickled objects.
+
+        Returns:
+            Metrics of the last pass, one dictionary a loader, as Lightning returns them.
+        """
+        return self._compare(super().validate, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Evaluate float, then quantized, and write `results.json`; arguments as for `validate`.
+
+        Args:
+            model: A task.
+            dataloaders: Loaders, if there is no datamodule.
+            ckpt_path: Checkpoint of the task to load first.
+            verbose: Whether Lightning prints its own table; the comparison replaces it.
+            datamodule: One of `datamodules`.
+            weights_only: Whether loading the checkpoint refuses pickled objects.
+
+        Returns:
+            Metrics of the last pass, one dictionary a loader, as Lightning returns them.
+        """
+        return self._compare(super().test, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def _compare(
+        self,
+        evaluate: Callable[..., Any],
+        model: Any,
+        dataloaders: Any,
+        ckpt_path: str | Path | None,
+        verbose: bool,
+        datamodule: Any,
+        weights_only: bool | None,
+    ) -> Any:
+        callback = next((c for c in self.callbacks if isinstance(c, Quantizing)), None)  # type: ignore[attr-defined]
+        compared = callback is not None and hasattr(model, "sample_scores")
+
+        def run() -> Any:
+            return evaluate(model, dataloaders, ckpt_path, verbose and not compared, datamodule, weights_only)
+
+        if callback is None or not compared or (callback.dry_run and callback.active):
+            return run()
+        if self.is_global_zero:
+            _check_writable(Path(self.results))
+        float_bytes = sum(stored_bytes(root) for root in model.roots().values())
+        measured = self._float_pass(run, callback, model, datamodule, ckpt_path)
+        outcome, quantized = [measured.metrics], measured
+        if callback.active:
+            outcome = run()
+            quantized = _measurement(model, datamodule)
+        self.comparison = self._summarise(callback, model, float_bytes, measured, quantized)
+        if self.is_global_zero:
+            write_json(Path(self.results), self.comparison.to_json())
+        return outcome
+
+    def _float_pass(
+        self, run: Callable[[], Any], callback: Quantizing, model: Any, datamodule: Any, ckpt_path: str | Path | None
+    ) -> Measurement:
+        cache = self._cache_file(model, datamodule, ckpt_path)
+        if cache is not None and (found := _read_measurement(cache)) is not None:
+            log.info("float measurement read from %s", cache)
+            return found
+        callback.paused = True
+        try:
+            run()
+        finally:
+            callback.paused = False
+        measured = _measurement(model, datamodule)
+        if cache is not None and self.is_global_zero:
+            write_json(cache, asdict(measured))
+        return measured
+
+    def _cache_file(self, model: Any, datamodule: Any, ckpt_path: str | Path | None) -> Path | None:
+        """Name the file of this float measurement; `None` where it cannot be trusted to be the same.
+
+        Ranks on other machines may see another cache folder, and all ranks must take the same way.
+        """
+        if not self.float_cache or self.num_nodes > 1 or not hasattr(datamodule, "fingerprint"):
+            return None
+        datamodule.preprocessing = model.preprocessing
+        datamodule.prepare_data()
+        datamodule.setup("validate")
+        parts = {
+            "model": state_hash(model),
+            "checkpoint": None if ckpt_path is None else hashlib.sha256(Path(ckpt_path).read_bytes()).hexdigest(),
+            "task": type(model).__name__,
+            "options": {key: repr(value) for key, value in sorted(dict(model.hparams).items())},
+            "data": datamodule.fingerprint(),
+            "limit": repr((self.limit_val_batches, self.limit_test_batches)),
+            "precision": str(self.precision),
+            "device": self.strategy.root_device.type,
+            "versions": versions(),
+        }
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return cache_dir() / "float" / f"{digest[:32]}.json"
+
+    def _summarise(
+        self, callback: Quantizing, model: Any, float_bytes: int, measured: Measurement, quantized: Measurement
+    ) -> Comparison:
+        report = callback.report if callback.active else None
+        recipe = callback.recipe if callback.active else None
+        return Comparison(
+            task=type(model).__name__,
+            model=model.model_name,
+            pretrained=model.pretrained,
+            recipe=name_of(recipe) if recipe else None,
+            bits=asdict(recipe.bits) if recipe else None,
+            float_metrics=measured.metrics,
+            quantized_metrics=quantized.metrics,
+            differences=_differences(measured, quantized),
+            samples=measured.samples,
+            float_bytes=float_bytes,
+            quantized_bytes=report.quantized_bytes if report else float_bytes,
+            calibration_seconds=report.seconds if report else 0.0,
+            calibration_samples=callback.calibration_samples if report else 0,
+            map=report.map if report else QuantizationMap(),
+            versions=versions(),
+            seed=callback.seed,
+            quantize_options=_jsonable(asdict(recipe)) if recipe else {},
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those its numbers depend on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def state_hash(module: LightningModule) -> str:
+    """Hash names, shapes, types and bytes of a module's state."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in module.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def _measurement(model: Any, datamodule: LightningDataModule | None) -> Measurement:
+    counts = dict(model.sample_counts())
+    if hasattr(datamodule, "sample_counts"):
+        counts |= datamodule.sample_counts()
+    scores = {
+        name: Scores(s.values.double().tolist(), s.clusters.tolist()) for name, s in model.sample_scores().items()
+    }
+    return Measurement(model.results(), scores, counts)
+
+
+def _read_measurement(path: Path) -> Measurement | None:
+    """Read a remembered measurement; a damaged file counts as none and is measured again."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: Scores(**value) for name, value in content["scores"].items()}
+        return Measurement(content["metrics"], scores, content["samples"])
+    except (ValueError, KeyError, TypeError):
+        log.warning("ignoring the damaged float measurement %s; it is measured again", path)
+        return None
+
+
+def _differences(measured: Measurement, quantized: Measurement) -> dict[str, Interval]:
+    intervals = {}
+    for name, before in measured.scores.items():
+        after = quantized.scores[name]
+        if before.clusters != after.clusters:
+            raise ConfigError(f"float and quantized runs scored different samples of {name}; clear {cache_dir()}")
+        intervals[name] = Interval(
+            *paired_bootstrap(
+                torch.tensor(before.values, dtype=torch.float64),
+                torch.tensor(after.values, dtype=torch.float64),
+                torch.tensor(before.clusters),
+            )
+        )
+    return intervals
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a results path that cannot be written, before an hour of evaluation.
+
+    Raises:
+        ConfigError: If the path is a folder, or its folder cannot be made or written to.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.parent / f".{path.name}.probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"results cannot be written to {path}: {error}; give another --results") from error
+
+
+def _jsonable(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value if isinstance(value, str | int | float | bool | list | dict | type(None)) else str(value)
+        for key, value in ((k, list(v) if isinstance(v, tuple) else v) for k, v in options.items())
+        if not dataclasses.is_dataclass(value)
+    }
