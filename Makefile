@@ -1,0 +1,17 @@
+.PHONY: setup check test bench
+
+setup:
+	pip install -e '.[dev]'
+
+check:
+	ruff check .
+	ruff format --check .
+	mypy
+
+test:
+	pytest
+
+bench:
+	python -m benchmarks.throughput
+	python -m benchmarks.text_tower
+	python -m benchmarks.retrieval
