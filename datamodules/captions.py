@@ -1,0 +1,227 @@
+"""Caption files: COCO JSON, Karpathy's splits, and the tables of Flickr8k and Flickr30k."""
+
+import contextlib
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datamodules.images import Picture, is_plain_relative, paths_inside
+from lit_clipq.errors import DataError
+
+TABLE_NAMES = ("captions.txt", "results.csv", "results_20130124.token", "Flickr8k.token.txt")
+KARPATHY_NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr8k.json")
+KARPATHY_TRAIN = frozenset({"train", "restval"})
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: The file is absent, unreadable, truncated or no JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: fetch it again.") from error
+
+
+def read_coco_captions(annotations: Path, images: Path, captions_per_image: int | None = None) -> list[Picture]:
+    """Read a caption file in COCO format.
+
+    Args:
+        annotations: JSON with `images` (id, file_name) and `annotations` (id, image_id, caption).
+        images: Folder that `file_name` is relative to.
+        captions_per_image: Take the first so many captions of a picture, in the order of the file; None for all.
+
+    Returns:
+        Pictures in the order of the file; the files need not exist.
+
+    Raises:
+        DataError: Malformed JSON, pictures without captions, captions without a picture, names that leave `images`.
+    """
+    from pycocotools.coco import COCO
+
+    coco = COCO()
+    coco.dataset = read_json(annotations)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints
+            coco.createIndex()
+        listed = [(entry["id"], entry["file_name"]) for entry in coco.dataset["images"]]
+        captions = {key: [row["caption"] for row in rows] for key, rows in coco.imgToAnns.items()}
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{annotations} is not in COCO caption format ({error!r} in `images` or `annotations`)."
+        ) from error
+    orphans = captions.keys() - coco.imgs.keys()
+    if orphans:
+        raise DataError(
+            f"{annotations} has captions of {len(orphans):,} pictures that it does not list "
+            f"(image_id {_some(orphans)}); add them to `images` or remove the captions."
+        )
+    if len(coco.imgs) != len(listed):
+        raise DataError(f"{annotations} lists {len(listed) - len(coco.imgs):,} picture ids twice; ids must be unique.")
+    paths = paths_inside(images, [str(name) for _, name in listed], annotations)
+    rows = [captions.get(key, [])[:captions_per_image] for key, _ in listed]
+    return with_captions(paths, rows, annotations)
+
+
+def read_karpathy(
+    path: Path, folder: Path, splits: Container[str], captions_per_image: int | None = None
+) -> list[Picture]:
+    """Read rows of a Karpathy split file (`dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`).
+
+    Args:
+        path: The JSON file.
+        folder: Folder of the pictures; where a row has a `filepath` (COCO: val2014, train2014), its parent.
+        splits: Which of "train", "restval", "val", "test" to read.
+        captions_per_image: Take the first so many captions of a picture; None for all.
+
+    Returns:
+        Pictures in the order of the file; the files need not exist.
+
+    Raises:
+        DataError: Malformed JSON, rows without captions, names that leave the folder.
+    """
+    try:
+        rows = [row for row in read_json(path)["images"] if row["split"] in splits]
+        names: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            names[row.get("filepath", "")].append(str(row["filename"]))
+        captions = [[sentence["raw"] for sentence in row["sentences"]][:captions_per_image] for row in rows]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a Karpathy split file ({error!r} in `images`).") from error
+    outside = [part for part in names if part and not is_plain_relative(part)]
+    if outside:
+        raise DataError(f"{path} names the folder {outside[0]!r}, which leaves {folder}; expected a folder inside it.")
+    found = {part: iter(paths_inside(folder / part, group, path)) for part, group in names.items()}
+    return [] if not rows else with_captions([next(found[row.get("filepath", "")]) for row in rows], captions, path)
+
+
+def read_table(path: Path, images: Path, keep: Container[str] | None = None) -> list[Picture]:
+    """Read a caption table of Flickr8k or Flickr30k, one caption a line.
+
+    Formats: `image,caption` (with header, a caption may be quoted), `image_name| comment_number| comment` (with
+    header), and `image#number<tab>caption`.
+
+    Args:
+        path: The table.
+        images: Folder of the pictures.
+        keep: Names of the pictures to read; None for all.
+
+    Raises:
+        DataError: A line that has no picture or no caption, or names that leave `images`.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); expected a caption table.") from error
+    first = lines[0] if lines else ""
+    split = _split_token if "\t" in first else _split_pipe if "|" in first else _split_comma
+    captions: dict[str, list[str]] = defaultdict(list)
+    for number, line in enumerate(lines[0 if "\t" in first else 1 :], start=1 if "\t" in first else 2):
+        if not line.strip():
+            continue
+        name, caption = split(line)
+        if not name or not caption:
+            raise DataError(f"{path}, line {number}: expected a picture and its caption, got {line[:80]!r}.")
+        if keep is None or name in keep:
+            captions[name].append(caption)
+    if keep is not None and not captions:
+        return []
+    return with_captions(paths_inside(images, captions, path), list(captions.values()), path)
+
+
+def with_captions(paths: Sequence[Path], captions: Sequence[Sequence[Any]], source: Path) -> list[Picture]:
+    """Pair pictures with their stripped captions.
+
+    Raises:
+        DataError: No picture, a picture listed twice or without captions, or a caption that is empty or no text.
+    """
+    if not paths:
+        raise DataError(f"{source} lists no pictures; expected at least one.")
+    bare = [path.name for path, texts in zip(paths, captions, strict=True) if not texts]
+    if bare:
+        raise DataError(f"{source} lists {len(bare):,} pictures without captions ({_some(bare)}).")
+    twice = [path.name for path, count in Counter(paths).items() if count > 1]
+    if twice:
+        raise DataError(f"{source} lists {len(twice):,} pictures more than once ({_some(twice)}).")
+    blank = [
+        path.name
+        for path, texts in zip(paths, captions, strict=True)
+        if not all(isinstance(text, str) and text.strip() for text in texts)
+    ]
+    if blank:
+        raise DataError(f"{source} has captions that are empty or no text, for {_some(blank)}.")
+    return [Picture(p, tuple(text.strip() for text in texts)) for p, texts in zip(paths, captions, strict=True)]
+
+
+def read_captioned_folder(folder: Path) -> list[Picture]:
+    """Read the captions of a folder whose layout is one of COCO's or Flickr's; empty where it has none.
+
+    Train splits are preferred to others. Looked for, in this order: `annotations/captions_<split>.json` with pictures
+    in `<split>/` or `images/`, a Karpathy split file, a caption table.
+    """
+    files = sorted(folder.glob("annotations/captions_*.json"))
+    files = [path for path in files if "train" in path.name] or files
+    sources = [(path, find_folder(folder, (path.stem.removeprefix("captions_"), "images"))) for path in files]
+    found = [picture for path, images in sources for picture in read_coco_captions(path, images)]
+    karpathy = find_file(folder, KARPATHY_NAMES)
+    if not found and karpathy:
+        images = folder if karpathy.name == "dataset_coco.json" else find_flickr_images(folder)
+        found = read_karpathy(karpathy, images, KARPATHY_TRAIN)
+    table = find_file(folder, TABLE_NAMES)
+    if not found and table:
+        found = read_table(table, find_flickr_images(folder))
+    return found
+
+
+def find_file(root: Path, names: Iterable[str]) -> Path | None:
+    """Return the first of these files in `root`, `root/annotations` or `root/karpathy`, or None."""
+    candidates = (root / part / name for name in names for part in ("", "annotations", "karpathy"))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def find_folder(root: Path, names: Iterable[str]) -> Path:
+    """Return the first of these folders below `root`, or `root` itself."""
+    return next((root / name for name in names if (root / name).is_dir()), root)
+
+
+def find_flickr_images(root: Path) -> Path:
+    """Return the picture folder of a Flickr8k or Flickr30k copy, under one of its common names."""
+    names = ("images", "Images", "flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Flickr8k_Dataset")
+    folder = find_folder(root, names)
+    return folder if folder == root else find_folder(folder, names)  # copies with a folder of the same name inside
+
+
+def _split_token(line: str) -> tuple[str, str]:
+    key, _, caption = line.partition("\t")
+    return key.rpartition("#")[0], caption.strip()
+
+
+def _split_pipe(line: str) -> tuple[str, str]:
+    name, _, rest = line.partition("|")
+    number, bar, caption = rest.partition("|")
+    if not bar:  # one line of the published table lacks its second bar
+        number, _, caption = rest.strip().partition(" ")
+    return name.strip(), caption.strip() if number.strip().isdigit() else ""
+
+
+def _split_comma(line: str) -> tuple[str, str]:
+    name, _, caption = line.partition(",")
+    caption = caption.strip()
+    if len(caption) > 1 and caption[0] == caption[-1] == '"':
+        caption = caption[1:-1].replace('""', '"').strip()
+    return name.strip(), caption
+
+
+def _some(items: Iterable[Any]) -> str:
+    shown = [str(item) for item in islice(items, 4)]
+    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")

@@ -1,0 +1,47 @@
+"""One rank's share of the samples, with nothing repeated and nothing dropped."""
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+
+class ShardSampler(DistributedSampler):
+    """Yield the indices `rank, rank + world_size, ...` below `len(data)`, in order.
+
+    It never pads, so shards differ in length by at most one and every sample is seen exactly once. It is a
+    `DistributedSampler` so that a Trainer takes it for one and does not replace it.
+
+    Args:
+        data: Anything with a length.
+        rank: This process; by default the rank in the process group, or 0 without one.
+        world_size: Number of processes; by default the size of the process group, or 1 without one.
+
+    Example:
+        >>> list(ShardSampler(range(5), rank=1, world_size=2))
+        [1, 3]
+    """
+
+    def __init__(self, data: Sized, rank: int | None = None, world_size: int | None = None) -> None:
+        group_rank, group_size = shard()
+        super().__init__(
+            data,  # type: ignore[arg-type]
+            num_replicas=group_size if world_size is None else world_size,
+            rank=group_rank if rank is None else rank,
+            shuffle=False,
+        )
+        self._indices = range(self.rank, len(data), self.num_replicas)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+def shard() -> tuple[int, int]:
+    """Return (rank, world size) of the process group, or (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
