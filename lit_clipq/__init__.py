@@ -1,7 +1,7 @@
 """Calibrate, quantize and evaluate CLIP after training.
 
-`lit_clipq.quantize(model, batches, recipe)` is the one verb; `load_clip` and `recipes` are what it needs. All are loaded
-on first use, so that importing the package costs nothing.
+`lit_clipq.quantize(model, batches, recipe)` is the one verb; `load_clip` and `recipes` are what it needs. All are
+loaded on first use, so that importing the package costs nothing.
 """
 
 from importlib import import_module

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,8 @@ class QuantizationReport:
     """Passes over the calibration set."""
     memory_bytes: int
     """Predicted size of what calibration stores beside the model."""
+    samples: int
+    """Calibration samples of a pass, over all ranks; for a dry run those of one batch."""
 
 
 def quantize(
@@ -88,13 +90,13 @@ def quantize(
         True
     """
     roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
-    batches = list(batches) if iter(batches) is batches else batches  # type: ignore[call-overload]
+    batches = _Counted(list(batches) if iter(batches) is batches else batches)
     forward = forward or _clip_forward(roots)
     started = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad():
         float_bytes = sum(stored_bytes(root) for root in roots.values())
         if recipe.bits.all_float:
-            return QuantizationReport(name_of(recipe), QuantizationMap(), 0.0, float_bytes, float_bytes, 0, 0)
+            return QuantizationReport(name_of(recipe), QuantizationMap(), 0.0, float_bytes, float_bytes, 0, 0, 0)
         _check_weights(roots)
         for root in roots.values():
             root.eval()
@@ -125,7 +127,22 @@ def quantize(
             quantized_bytes=sum(stored_bytes(root) for root in roots.values()),
             passes=1,
             memory_bytes=memory_bytes,
+            samples=sum(gather(batches.samples)),
         )
+
+
+class _Counted:
+    """Batches that count the samples of the last pass over them."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.batches = batches
+        self.samples = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.samples = 0
+        for batch in self.batches:
+            self.samples += _samples(batch)
+            yield batch
 
 
 def _run(recipe: Recipe, calibration: Calibration) -> None:

@@ -31,7 +31,6 @@ class Quantizing(Protocol):
     """The callback that quantizes, as far as this Trainer needs to know it."""
 
     recipe: Recipe | None
-    calibration_samples: int
     seed: int
     paused: bool
     dry_run: bool
@@ -213,7 +212,7 @@ class QuantTrainer(Trainer):
             float_bytes=float_bytes,
             quantized_bytes=report.quantized_bytes if report else float_bytes,
             calibration_seconds=report.seconds if report else 0.0,
-            calibration_samples=callback.calibration_samples if report else 0,
+            calibration_samples=report.samples if report else 0,
             map=report.map if report else QuantizationMap(),
             versions=versions(),
             seed=callback.seed,

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,16 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"real data not found at {path}; set LIT_CLIPQ_DATA")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache of this test run alone: the mini world is drawn into it once."""
+    before = os.environ.get("LIT_CLIPQ_CACHE")
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["LIT_CLIPQ_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["LIT_CLIPQ_CACHE"]
+    else:
+        os.environ["LIT_CLIPQ_CACHE"] = before

@@ -1,0 +1,178 @@
+"""The command line, run as a user runs it, on a few pictures of the mini world."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_clipq.cli import find_config, main, resolve_configs
+from lit_clipq.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = ["--data.limit", "60", "--quantize.calibration_samples", "32"]
+
+
+def validate(tmp_path: Path, *options: str, config: str = "mini/retrieval") -> dict:
+    path = tmp_path / "results.json"
+    assert main(["validate", "--config", config, *LIMIT, "--results", str(path), *options]) == 0
+    return json.loads(path.read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *options: str, config: str = "mini/retrieval") -> str:
+    """Run, expect exit code 1 and one line on stderr; return it."""
+    assert main(["validate", "--config", config, *LIMIT, *options]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def test_a_run_prints_the_table_and_writes_everything(tmp_path, capsys):
+    results = validate(tmp_path, "--quantize.bits", "4")
+    printed = capsys.readouterr().out
+    for word in ("float", "quantized", "difference", "recall@1_i2t", "model size (MB)", "calibration (s)", "N: "):
+        assert word in printed
+    assert results["task"] == "Retrieval"
+    assert (results["model"], results["pretrained"], results["recipe"]) == ("mini-vit", "mini", "vanilla")
+    assert set(results["bits"].values()) == {4}
+    assert set(results["metrics"]["float"]) == set(results["metrics"]["quantized"])
+    assert results["metrics"]["float"]["recall@1_i2t"] > results["metrics"]["quantized"]["recall@1_i2t"]
+    interval = results["metrics"]["difference"]["recall@1_i2t"]
+    assert interval["low"] <= interval["value"] <= interval["high"] < 0
+    assert results["size_bytes"]["quantized"] < results["size_bytes"]["float"] / 3
+    assert results["calibration_samples"] == 32
+    assert results["calibration_seconds"] > 0
+    assert 0 < results["float_macs_share"] < 0.2
+    assert any(entry["weight_bits"] == 4 for entry in results["map"])
+    assert results["samples"]["images"] == 60
+    assert set(results["versions"]) >= {"lit-clipq", "torch", "lightning", "open_clip_torch"}
+    assert results["seed"] == 0
+
+
+@pytest.mark.parametrize("options", [("--quantize.recipe", "null"), ("--quantize.bits", "32")])
+def test_without_quantization_both_columns_are_the_same(tmp_path, options):
+    results = validate(tmp_path, *options)
+    assert results["metrics"]["quantized"] == results["metrics"]["float"]
+    assert all(d == {"value": 0, "low": 0, "high": 0} for d in results["metrics"]["difference"].values())
+    assert results["map"] == []
+    assert results["float_macs_share"] == 1.0
+    assert results["size_bytes"]["float"] == results["size_bytes"]["quantized"]
+
+
+def test_the_float_measurement_is_remembered_until_model_or_data_change(tmp_path, cache_folder, monkeypatch):
+    def remembered() -> set[Path]:
+        return set((cache_folder / "float").glob("*.json"))
+
+    first = validate(tmp_path, "--quantize.bits", "8")
+    before = remembered()
+    again = validate(tmp_path, "--quantize.bits", "8")
+    assert remembered() == before
+    assert again["metrics"] == first["metrics"]
+    validate(tmp_path, "--data.limit", "50")
+    assert len(remembered()) == len(before) + 1
+    for path in before:
+        path.write_text("{ cut short")
+    assert validate(tmp_path, "--quantize.bits", "8")["metrics"] == first["metrics"]
+
+
+def test_classification_runs_with_both_towers_of_the_resnet(tmp_path):
+    results = validate(tmp_path, "--model.name", "mini-resnet", config="mini/classification")
+    assert set(results["metrics"]["float"]) >= {"top1"}
+    towers = {entry["tower"] for entry in results["map"] if entry["weight_bits"] == 8}
+    assert towers == {"vision", "text"}
+
+
+def test_widths_of_towers_and_operands_reach_the_map(tmp_path):
+    results = validate(tmp_path, "--quantize.vision_bits", "6", "--quantize.text_weight_bits", "4")
+    widths = {(e["tower"], e["weight_bits"], e["activation_bits"]) for e in results["map"] if not e["reason"]}
+    assert widths == {("vision", 6, 6), ("text", 4, 8)}
+
+
+def test_a_later_config_wins(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("quantize:\n  bits: 6\n  attention_products: true\n")
+    results = validate(tmp_path, "--config", str(overlay))
+    assert set(results["bits"].values()) == {6}
+    assert any(entry["kind"] == "matmul" and not entry["reason"] for entry in results["map"])
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    options = ["--results", str(path), "--quantize.dry_run", "true"]
+    assert main(["validate", "--config", "mini/retrieval", *LIMIT, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "clip.visual.conv1" in printed
+    assert "attention products are off" in printed
+    assert "1 pass over the calibration set" in printed
+    assert "MB stored beside the model" in printed
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--quantize.recipe", "vanila"), "unknown recipe 'vanila', expected one of"),
+        (("--quantize.bits", "17"), "bits must be 2 to 16, or 32 for float; got 17"),
+        (("--quantize.bits", "1"), "bits must be 2 to 16"),
+        (("--quantize.vision_bits", "4", "--quantize.weight_bits", "8"), "decide with vision_weight_bits"),
+        (("--quantize.include", "[visual.*]"), "matches none of the"),
+        (("--quantize.calibration_samples", "0"), "calibration_samples must be at least 1, got 0"),
+        (("--model.name", "ViT-B-23"), "ViT-B-32"),
+        (("--model.pretrained", "/nowhere/weights.pt"), "/nowhere/weights.pt"),
+        (("--model.ks", "[0]"), "at least 1"),
+        (("--data.preset", "huge"), "huge"),
+        (("--quantize.bitz", "8"), "bitz"),
+        (("--quantize.bits", "eight"), "eight"),
+        (("--quantize.options", "{twin: true}"), "has no option twin"),
+    ],
+)
+def test_bad_options_end_in_one_sentence(capsys, tmp_path, options, expected):
+    path = tmp_path / "results.json"
+    assert expected in refused(capsys, "--results", str(path), *options)
+    assert not path.exists()
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_evaluation(capsys, tmp_path):
+    assert "results cannot be written" in refused(capsys, "--results", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert "results cannot be written" in refused(capsys, "--results", str(tmp_path / "file" / "results.json"))
+
+
+def test_an_unknown_configuration_lists_the_shipped_ones(capsys):
+    assert "did you mean 'coco_retrieval'" in refused(capsys, config="coco_retreival")
+
+
+def test_shipped_configurations_are_found_by_every_spelling(tmp_path, monkeypatch):
+    shipped = (ROOT / "configs" / "coco_retrieval.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    for name in ("coco_retrieval", "coco_retrieval.yaml", "configs/coco_retrieval.yaml", "./configs/coco_retrieval"):
+        assert find_config(name).read_text() == shipped
+    with pytest.raises(ConfigError):
+        find_config("../coco_retrieval_missing")
+
+
+def test_a_file_of_the_same_name_comes_before_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "coco_retrieval.yaml").write_text("seed_everything: 1\n")
+    assert find_config("coco_retrieval.yaml") == Path("coco_retrieval.yaml")
+
+
+def test_config_options_are_replaced_in_every_position(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("")
+    resolved = resolve_configs(["validate", "-c", str(path), f"--config={path}", "--data.root", "x"])
+    assert resolved == ["validate", "-c", str(path), f"--config={path}", "--data.root", "x"]
+
+
+def test_the_console_script_ends_with_code_1_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "lit_clipq.cli", "validate", "--config", "configs/coco_retrieval.yaml"]
+    result = subprocess.run(
+        [*command, "--model.pretrained", "null", "--data.root", str(tmp_path / "absent")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert str(tmp_path / "absent") in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
