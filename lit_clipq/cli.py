@@ -184,7 +184,7 @@ def _check_neighbours() -> None:
 
 def _quieten() -> None:
     """Silence advice of Lightning's that does not fit an evaluation."""
-    for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*"):
+    for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*", ".*LeafSpec.*"):
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

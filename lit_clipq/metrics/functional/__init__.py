@@ -1,0 +1,21 @@
+"""Metrics as pure functions of tensors."""
+
+from lit_clipq.metrics.functional.bootstrap import BootstrapInterval, paired_bootstrap
+from lit_clipq.metrics.functional.classification import LabelRanks, label_ranks
+from lit_clipq.metrics.functional.expectation import exact_mean, expected_hits
+from lit_clipq.metrics.functional.retrieval import recall_name, retrieval_hits
+from lit_clipq.metrics.functional.rows import distinct_rows
+from lit_clipq.metrics.functional.scores import SampleScores
+
+__all__ = [
+    "BootstrapInterval",
+    "LabelRanks",
+    "SampleScores",
+    "distinct_rows",
+    "exact_mean",
+    "expected_hits",
+    "label_ranks",
+    "paired_bootstrap",
+    "recall_name",
+    "retrieval_hits",
+]

@@ -1,0 +1,8 @@
+"""Tasks people use CLIP for, as LightningModules that do not know about quantization."""
+
+from lit_clipq.tasks.base import ClipTask
+from lit_clipq.tasks.classification import ZeroShotClassification
+from lit_clipq.tasks.contrastive import ContrastiveTask
+from lit_clipq.tasks.retrieval import Retrieval
+
+__all__ = ["ClipTask", "ContrastiveTask", "Retrieval", "ZeroShotClassification"]

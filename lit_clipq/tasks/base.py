@@ -1,0 +1,143 @@
+"""What the evaluation tasks share: a CLIP, one evaluation loop for validate and test, results and scores per sample."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from torch import Tensor, nn
+
+from lit_clipq.metrics import Evaluation, SampleKeyedMetric, SampleScores
+from lit_clipq.models import encode_image, encode_text, load_clip
+
+
+class ClipTask(LightningModule):
+    """A CLIP and a metric, evaluated by the same code in `validate` and `test`.
+
+    The task does not know whether its network is quantized: it offers the network (`roots`) and the outputs that matter
+    for it (`calibration_forward`), and measures whatever the network is when the epoch starts. Each evaluation starts
+    from nothing, so that several may follow each other on the same objects.
+
+    Args:
+        name: model name or path of an open_clip config JSON, as for `lit_clipq.models.load_clip`.
+        pretrained: open_clip tag, local weights file, `mini`, or None for random weights.
+    """
+
+    metric: SampleKeyedMetric
+
+    def __init__(self, name: str, pretrained: str | None = None) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a shard may be empty
+        loaded = load_clip(name, pretrained)
+        self.clip = loaded.model
+        self.preprocessing = loaded.preprocessing
+        self.model_name = name
+        self.pretrained = pretrained
+        self._evaluation: Evaluation | None = None
+        self._results: dict[str, float] = {}
+
+    def roots(self) -> dict[str, nn.Module]:
+        """Networks that may be quantized, by name."""
+        return {"clip": self.clip}
+
+    def calibration_forward(self, batch: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor]:
+        """Run the network on a calibration batch; gradients flow where they are enabled.
+
+        Args:
+            batch: images (B, 3, H, W) or None, and tokens int64 (B, L) or None.
+
+        Returns:
+            `image` and `text`, float32 (B, D) of length 1, as far as the batch has them.
+        """
+        images, texts = batch
+        outputs = {}
+        if images is not None:
+            outputs["image"] = self.embed_images(images)
+        if texts is not None:
+            outputs["text"] = self.embed_texts(texts)
+        return outputs
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings of images (B, 3, H, W), float32 (B, D) of length 1."""
+        return F.normalize(encode_image(self.clip, images).float(), dim=-1)
+
+    def embed_texts(self, tokens: Tensor) -> Tensor:
+        """Embeddings of tokens int64 (B, L), float32 (B, D) of length 1."""
+        return F.normalize(encode_text(self.clip, tokens).float(), dim=-1)
+
+    def results(self) -> dict[str, float]:
+        """Metrics of the last evaluation, as fractions, by name; the same on every rank."""
+        self._last_evaluation()
+        return dict(self._results)
+
+    def sample_scores(self) -> dict[str, SampleScores]:
+        """Scores of every sample in the last evaluation, by metric name; the same on every rank."""
+        return dict(self._last_evaluation().scores)
+
+    def sample_counts(self) -> dict[str, int]:
+        """Number of samples by kind in the last evaluation, over all ranks."""
+        return dict(self._last_evaluation().counts)
+
+    @abstractmethod
+    def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
+        """Evaluate one batch and update `self.metric`."""
+
+    def prepare_evaluation(self) -> None:
+        """Compute what all batches need, with the network as it is now."""
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002 Lightning's signature
+        """Let every rank take part in the evaluation."""
+        for loop in (self.trainer.validate_loop, self.trainer.test_loop):
+            if type(loop) is _EvaluationLoop:
+                loop.__class__ = _AllRanksEvaluationLoop
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last evaluation."""
+        self.metric.reset()
+        self._evaluation = None
+        self.prepare_evaluation()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002 Lightning's signature
+        """Evaluate one batch."""
+        self.evaluation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather, score and log."""
+        self._results = self.metric.compute()
+        self._evaluation = self.metric.evaluation()
+        self.metric.reset()  # embeddings are large, and no longer needed
+        # The value is the same on every rank; syncing it only tells Lightning that this is meant.
+        self.log_dict(self._results, sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002 Lightning's signature
+        """As for validation."""
+        self.evaluation_step(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation."""
+        self.on_validation_epoch_end()
+
+    def _last_evaluation(self) -> Evaluation:
+        if self._evaluation is None:
+            raise RuntimeError("expected a finished evaluation, got none; run `Trainer.validate` or `test` first.")
+        return self._evaluation
+
+
+class _AllRanksEvaluationLoop(_EvaluationLoop):
+    """Lightning's loop, on every rank or on none.
+
+    Lightning's own skips the whole loop, hooks included, on a rank whose loaders are all empty. The other ranks would
+    then wait for it forever when they gather the metric.
+    """
+
+    @property
+    def skip(self) -> bool:
+        """Whether no rank has a batch. A collective call: `run` reads it once on every rank."""
+        batches = torch.tensor(float(sum(self.max_batches)), device=self.trainer.strategy.root_device)
+        return bool(self.trainer.strategy.reduce(batches, reduce_op="sum") == 0)

@@ -1,0 +1,138 @@
+"""Zero-shot classification: the text tower makes the classifier."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_clipq.errors import ConfigError, DataError
+from lit_clipq.metrics import TopKAccuracy
+from lit_clipq.metrics.functional import distinct_rows
+from lit_clipq.models import text_lengths
+from lit_clipq.tasks.base import ClipTask
+
+logger = logging.getLogger(__name__)
+
+Templates = Literal["openai", "simple"] | list[str]
+
+
+class ZeroShotClassification(ClipTask):
+    """Top-k accuracy of the classes whose texts are nearest to the picture.
+
+    Before each evaluation the current text tower encodes every prompt; a class is the mean of its prompts' normalised
+    embeddings, normalised again, and logits are `scale * image @ classifier` (CLIP, arXiv 2103.00020, section 3.1.4).
+    Batches are `{"images": (B, 3, H, W), "labels": int64 (B,), "image_ids": int64 (B,)}`; class names come from
+    `trainer.datamodule.class_names`.
+
+    Args:
+        name: model name or path of an open_clip config JSON.
+        pretrained: open_clip tag, local weights file, `mini`, or None for random weights.
+        templates: `openai` (the 80 prompts of the CLIP paper), `simple` ("a photo of a {}."), or prompts of your own
+            with {} for the class name.
+        ks: how many classes to look at; `top{k}` for each.
+        text_batch_size: prompts encoded at a time.
+
+    Raises:
+        ConfigError: Unknown or empty templates, one without {}, or a k or a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None = None,
+        templates: Templates = "openai",
+        ks: Sequence[int] = (1, 5),
+        text_batch_size: int = 256,
+    ) -> None:
+        super().__init__(name, pretrained)
+        self.save_hyperparameters(logger=False)
+        if not ks or min(ks) < 1 or text_batch_size < 1:
+            raise ConfigError(f"expected `ks` and `text_batch_size` of at least 1, got {list(ks)}, {text_batch_size}.")
+        self.templates = prompt_templates(templates)
+        self.text_batch_size = text_batch_size
+        self.metric = TopKAccuracy(ks=ks)
+        self._classes = torch.empty(0, 0)  # (distinct classes, D)
+        self._class_row = torch.empty(0, dtype=torch.int64)  # (classes,): its row of _classes
+
+    def prepare_evaluation(self) -> None:
+        """Build the classifier with the text tower as it is now."""
+        classifier = self.build_classifier(self._class_names())
+        # Classes with the same embedding get their logits from the same column, so that they tie exactly.
+        distinct = distinct_rows(classifier)
+        self._classes, self._class_row = classifier[distinct.first], distinct.group
+
+    def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
+        """Classify one batch."""
+        self.metric.update(self.logits(batch["images"]), batch["labels"], batch["image_ids"])
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits float32 (B, classes) of images (B, 3, H, W)."""
+        scale = self.clip.get_parameter("logit_scale").float().exp()
+        return (scale * self.embed_images(images) @ self._classes.T)[:, self._class_row]
+
+    @torch.no_grad()
+    def build_classifier(self, class_names: Sequence[str]) -> Tensor:
+        """Encode every prompt of every class; identical prompts once.
+
+        Args:
+            class_names: names in the order of the labels.
+
+        Returns:
+            float32 (classes, D), rows of length 1, on the task's device.
+        """
+        prompts = [template.replace("{}", name) for name in class_names for template in self.templates]
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        logger.info("encoding %d prompts of %d classes", len(distinct), len(class_names))
+        embeddings = self._embed_prompts(list(distinct))  # (distinct prompts, D)
+        rows = torch.tensor([distinct[prompt] for prompt in prompts], device=embeddings.device)
+        rows = rows.view(len(class_names), len(self.templates))
+        mean = torch.stack([embeddings[prompt_rows].mean(0) for prompt_rows in rows])  # (classes, D)
+        return F.normalize(mean, dim=-1)
+
+    def _embed_prompts(self, prompts: list[str]) -> Tensor:
+        """Embeddings of prompts, float32 (n, D), encoded from short to long so that batches can be trimmed."""
+        tokens = self.preprocessing.tokenizer(prompts).to(self.device)
+        order = torch.argsort(text_lengths(self.clip, tokens), stable=True)
+        embeddings = torch.cat([self.embed_texts(tokens[rows]) for rows in order.split(self.text_batch_size)])
+        return embeddings[torch.argsort(order)]
+
+    def _class_names(self) -> list[str]:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        names = getattr(datamodule, "class_names", None)
+        if not names:
+            raise DataError(
+                "expected a datamodule with `class_names` for zero-shot classification, got "
+                f"{'none' if names is None else 'an empty list'} from {type(datamodule).__name__}; "
+                "use a classification datamodule."
+            )
+        return list(names)
+
+
+def prompt_templates(templates: Templates) -> list[str]:
+    """Prompts with {} for the class name.
+
+    Args:
+        templates: name of a preset, or the prompts.
+
+    Raises:
+        ConfigError: Unknown preset, no prompt, or a prompt without {}.
+
+    Example:
+        >>> prompt_templates("simple")
+        ['a photo of a {}.']
+    """
+    if templates == "openai":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+    if templates == "simple":
+        return ["a photo of a {}."]
+    if isinstance(templates, str) or not templates:
+        raise ConfigError(f"expected templates 'openai', 'simple' or a list of prompts, got {templates!r}.")
+    without = [template for template in templates if "{}" not in template]
+    if without:
+        raise ConfigError(f"expected {{}} for the class name in every template, got {without[0]!r}; add it.")
+    return list(templates)

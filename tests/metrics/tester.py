@@ -1,0 +1,63 @@
+"""Metrics that the shared tests run over. A new metric is one more entry of CASES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lit_clipq.metrics import RetrievalRecall, TopKAccuracy
+from tests.metrics import oracles
+
+
+@dataclass(frozen=True)
+class MetricCase:
+    make: Callable
+    batches: list  # keyword arguments of `update`; each batch can also be evaluated alone
+    oracle: Callable  # list of batches -> results
+
+
+def _retrieval_batch(start):
+    """Four images, seven texts, nine captions: one text belongs to two images, one image has a caption twice."""
+    texts = oracles.lattice(7, 6, start + 1)
+    texts[6] = texts[0]
+    rows = torch.tensor([[0, 0], [1, 0], [1, 1], [2, 1], [3, 2], [3, 2], [4, 2], [5, 3], [6, 3]])
+    return {
+        "images": oracles.lattice(4, 6, start),
+        "image_ids": start + torch.arange(4),
+        "texts": texts,
+        "text_ids": start + torch.arange(7),
+        "pairs": rows + start,
+    }
+
+
+def _retrieval_oracle(batches):
+    images, texts = (torch.cat([batch[key] for batch in batches]) for key in ("images", "texts"))
+    image_ids, text_ids = (torch.cat([batch[key] for batch in batches]).tolist() for key in ("image_ids", "text_ids"))
+    pairs = [[text_ids.index(t), image_ids.index(i)] for batch in batches for t, i in batch["pairs"].tolist()]
+    return oracles.recall(images, texts, torch.tensor(pairs), (1, 3))
+
+
+def _classification_batch(start):
+    generator = torch.Generator().manual_seed(start)
+    return {
+        "logits": torch.randint(0, 4, (6, 5), generator=generator).float(),
+        "labels": torch.randint(0, 5, (6,), generator=generator),
+        "ids": start + torch.arange(6),
+    }
+
+
+def _classification_oracle(batches):
+    return oracles.topk(*(torch.cat([batch[key] for batch in batches]) for key in ("logits", "labels")), (1, 3))
+
+
+STARTS = (300, 100, 200)  # ids do not arrive in order
+CASES = {
+    "retrieval": MetricCase(
+        lambda: RetrievalRecall(ks=(1, 3), any_identical=True),
+        [_retrieval_batch(start) for start in STARTS],
+        _retrieval_oracle,
+    ),
+    "classification": MetricCase(
+        lambda: TopKAccuracy(ks=(1, 3)), [_classification_batch(start) for start in STARTS], _classification_oracle
+    ),
+}
