@@ -1,0 +1,177 @@
+"""Rewrite a CLIP so that every product in it is a named module.
+
+`make_explicit` replaces fused attentions by `ExplicitAttention` and bare projection Parameters by `Projection`. What
+it does not know how to rewrite it lists, so that nothing stays in float unnoticed.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lit_clipq.models.attention_hf import ExplicitBert
+from lit_clipq.models.attention_openclip import ExplicitMultihead, ExplicitOpenClip, ExplicitPool2d
+from lit_clipq.models.attention_parts import qualified_name
+from lit_clipq.models.attention_timm import ExplicitPoolLatent, ExplicitTimm, ExplicitTimmPlain
+from lit_clipq.nn.attention import ExplicitAttention, Projection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExplicitAttentionRecord:
+    """What became of one attention module.
+
+    Attributes:
+        name: Path of the module in the model.
+        original: Qualified name of the class that stood there.
+        explicit: Whether it is now an `ExplicitAttention`.
+        reason: Why it was left fused; empty for an explicit one.
+    """
+
+    name: str
+    original: str
+    explicit: bool
+    reason: str = ""
+
+
+class _LeftFusedError(Exception):
+    """An attention of a known class in a variant that cannot be rewritten; the message says which."""
+
+
+def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
+    """Rewrite attentions and bare projections in place; outputs stay equal within 1e-5 in float32.
+
+    Every known attention becomes an `ExplicitAttention` with the children `qkv_proj` (or `q_proj` and `kv_proj`, or
+    three), `qk`, `av` and `out_proj`. `visual.proj` and `text_projection` Parameters become `Projection` layers,
+    whose weight is the transpose. A second call changes nothing and returns the same records.
+
+    Args:
+        model: Any module tree; afterwards its state dict has other names.
+
+    Returns:
+        One record for each attention in module order, those left fused included.
+
+    Example:
+        >>> block = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+        >>> [(record.name, record.explicit) for record in make_explicit(block)]
+        [('attn', True)]
+    """
+    records = []
+    for name, parent, child in list(_attentions(model)):
+        original = child.original if isinstance(child, ExplicitAttention) else qualified_name(child)
+        try:
+            if not isinstance(child, ExplicitAttention):
+                setattr(parent, name.rpartition(".")[2], _convert(child, parent).train(child.training))
+            records.append(ExplicitAttentionRecord(name, original, explicit=True))
+        except _LeftFusedError as error:
+            logger.warning("%s (%s) stays fused: %s", name, original, error)
+            records.append(ExplicitAttentionRecord(name, original, explicit=False, reason=str(error)))
+    for module in list(model.modules()):
+        _name_projections(module)
+    return records
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield path, parent and module of the innermost modules that are or look like an attention."""
+    for path, parent in model.named_modules():
+        for name, child in parent.named_children():
+            full_name = f"{path}.{name}" if path else name
+            inside_explicit = any(isinstance(part, ExplicitAttention) for part in _ancestors(model, path))
+            innermost = _is_known(child) or (_looks_like_attention(child) and not _contains_attention(child))
+            if innermost and not inside_explicit:
+                yield full_name, parent, child
+
+
+def _ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    module = model
+    yield module
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+        yield module
+
+
+def _is_known(module: nn.Module) -> bool:
+    return isinstance(module, ExplicitAttention) or qualified_name(module) in _CONVERTERS
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
+
+
+def _contains_attention(module: nn.Module) -> bool:
+    return any(_is_known(part) or _looks_like_attention(part) for part in module.modules() if part is not module)
+
+
+def _convert(module: nn.Module, parent: nn.Module) -> ExplicitAttention:
+    converter = _CONVERTERS.get(qualified_name(module))
+    if converter is None:
+        raise _LeftFusedError("no explicit counterpart of this class is known")
+    return converter(module, parent)
+
+
+def _convert_multihead(module: nn.Module, parent: nn.Module) -> ExplicitAttention:
+    if not isinstance(module, nn.MultiheadAttention):
+        raise TypeError(f"expected nn.MultiheadAttention, got {type(module).__name__}")
+    if module.bias_k is not None or module.add_zero_attn:
+        raise _LeftFusedError("add_bias_kv and add_zero_attn are not supported")
+    if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        raise _LeftFusedError("torch's Transformer layers read the parameters of their attention")
+    return ExplicitMultihead.convert(module, _multihead_inputs(parent))
+
+
+def _multihead_inputs(parent: nn.Module) -> str:
+    """Say which inputs of an attention its parent makes one tensor: "self" all, "cross" key and value, "any" none."""
+    kind = qualified_name(parent)
+    if kind == "open_clip.transformer.AttentionalPooler":
+        return "cross"
+    # a cross-attention block normalises its keys and its values apart, so that they are two tensors
+    is_self_attention = kind == "open_clip.transformer.ResidualAttentionBlock" and not hasattr(parent, "ln_1_kv")
+    return "self" if is_self_attention else "any"
+
+
+def _convert_timm(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa: ARG001
+    if getattr(module, "num_kv_groups", 1) > 1:
+        raise _LeftFusedError("grouped-query attention is not supported")
+    return ExplicitTimm.convert(module)
+
+
+def _convert_bert(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa: ARG001
+    if module.is_decoder or not hasattr(module, "scaling"):
+        raise _LeftFusedError("only encoders of transformers >= 5 are supported")
+    return ExplicitBert.convert(module)
+
+
+def _convert_pool_latent(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa: ARG001
+    if not isinstance(module.q, nn.Linear):
+        raise _LeftFusedError("a latent without a query projection is not supported")
+    return ExplicitPoolLatent.convert(module)
+
+
+_CONVERTERS: dict[str, Callable[[Any, nn.Module], ExplicitAttention]] = {
+    "torch.nn.modules.activation.MultiheadAttention": _convert_multihead,
+    "open_clip.transformer.Attention": lambda module, _: ExplicitOpenClip.convert(module),
+    "open_clip.modified_resnet.AttentionPool2d": lambda module, _: ExplicitPool2d.convert(module),
+    "timm.layers.attention.Attention": lambda module, _: ExplicitTimmPlain.convert(module),
+    "timm.models.vision_transformer.Attention": lambda module, _: ExplicitTimmPlain.convert(module),
+    "timm.layers.attention.AttentionRope": _convert_timm,
+    "timm.models.eva.EvaAttention": _convert_timm,
+    "timm.layers.attention_pool.AttentionPoolLatent": _convert_pool_latent,
+    "transformers.models.bert.modeling_bert.BertSelfAttention": _convert_bert,
+    "transformers.models.roberta.modeling_roberta.RobertaSelfAttention": _convert_bert,
+    "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaSelfAttention": _convert_bert,
+}
+
+
+def _name_projections(module: nn.Module) -> None:
+    """Turn the bare projection Parameter of one open_clip tower into a `Projection`."""
+    if not type(module).__module__.startswith("open_clip."):
+        return
+    for name in ("proj", "text_projection"):
+        parameter = module._parameters.get(name)
+        if parameter is not None and parameter.dim() == 2:
+            delattr(module, name)
+            setattr(module, name, Projection.from_parameter(parameter))

@@ -1,0 +1,102 @@
+"""Load any CLIP by name, configuration file or mini name, with published, local or random weights."""
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_clipq.errors import ModelError
+from lit_clipq.models.configs import ModelConfig, build_model, resolve_config
+from lit_clipq.models.preprocessing import Preprocessing, local_snapshot, make_preprocessing
+from lit_clipq.models.weights import check_finite, fetch_weights, find_weights, load_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedCLIP:
+    """A model and what prepares its input.
+
+    Attributes:
+        model: The open_clip model in eval mode.
+        preprocessing: Image transform and tokenizer.
+        name: The name it was loaded by.
+        pretrained: Tag or file of its weights; None for random weights.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    name: str
+    pretrained: str | None
+
+
+def load_clip(
+    name: str,
+    pretrained: str | None = None,
+    *,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    force_quick_gelu: bool = False,
+) -> LoadedCLIP:
+    """Load a CLIP in eval mode.
+
+    With `pretrained=None` or a local file nothing is fetched from a network. Tokenizers that live on the hub are then
+    taken from the local cache at their first use.
+
+    Args:
+        name: open_clip name, path of an open_clip configuration JSON, or a mini name ("mini-vit", "mini-resnet",
+            "mini-vit-outlier", "mini-resnet-outlier"). A relative `text_cfg.tokenizer_kwargs.bpe_path` in a JSON is
+            relative to that JSON.
+        pretrained: open_clip tag, local file (`.safetensors`, a state dict in `.pt` or `.bin`, OpenAI's TorchScript
+        `.pt`),
+            "mini", or None for random weights from torch's global generator.
+        precision: "fp32", "fp16", "bf16" (normalisations stay float32), "pure_fp16" or "pure_bf16".
+        device: Where the model is put.
+        force_quick_gelu: Use QuickGELU whatever the configuration says.
+
+    Returns:
+        Model, preprocessing and names.
+
+    Raises:
+        ModelError: For an unknown name or tag (with close matches), weights that are missing, damaged, non-finite or
+        do not
+            fit, and weights trained with QuickGELU on a model without it.
+    """
+    config = resolve_config(name, force_quick_gelu=force_quick_gelu)
+    source = None if pretrained is None else find_weights(config, pretrained, force_quick_gelu=force_quick_gelu)
+    download = source is not None and source.path is None
+    config = _with_local_text_model(config, download=download)
+    if source is not None:
+        config = replace(config, preprocess={**config.preprocess, **source.published})
+    path = None if source is None else fetch_weights(config, source)
+    model: Any = build_model(config, precision)
+    if path is None:
+        logger.info("model %s has random weights", name)
+    else:
+        load_weights(model, config, path)
+    check_finite(model.state_dict(), f"model {name}")
+    preprocessing = make_preprocessing(config, model.visual.image_size, download=download)
+    return LoadedCLIP(model.to(device).eval(), preprocessing, name, pretrained)
+
+
+def _with_local_text_model(config: ModelConfig, *, download: bool) -> ModelConfig:
+    """Point a hub text tower at the local copy of its configuration, so that building it asks no network.
+
+    Raises:
+        ModelError: Where there is no local copy and nothing may be fetched.
+    """
+    text_cfg = config.model["text_cfg"]
+    repository = text_cfg.get("hf_model_name")
+    if not repository:
+        return config
+    folder = local_snapshot(repository, ("config.json",))
+    if folder is None:
+        if download:
+            return config
+        raise ModelError(
+            f"the text tower of {config.name} needs config.json of the hub repository {repository}, which is not in "
+            f"the local cache; run `hf download {repository} config.json` where the hub can be reached"
+        )
+    return replace(config, model={**config.model, "text_cfg": {**text_cfg, "hf_model_name": folder}})
