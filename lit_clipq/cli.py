@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -29,7 +29,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the parse error as a `ConfigError`."""
-        cause = ex
+        cause: BaseException | None = ex
         while cause is not None:
             if isinstance(cause, LitClipqError):
                 raise cause
@@ -74,9 +74,10 @@ class ClipQuantCLI(LightningCLI):
         self._print_comparison()
 
     def _print_comparison(self) -> None:
-        if self.trainer.is_global_zero and self.trainer.comparison is not None:
-            console().print(comparison_table(self.trainer.comparison))
-            console().print(f"written to {self.trainer.results}", style="dim", highlight=False)
+        trainer = cast(QuantTrainer, self.trainer)
+        if trainer.is_global_zero and trainer.comparison is not None:
+            console().print(comparison_table(trainer.comparison))
+            console().print(f"written to {trainer.results}", style="dim", highlight=False)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -234,7 +234,7 @@ def state_hash(module: LightningModule) -> str:
     return digest.hexdigest()
 
 
-def _measurement(model: Any, datamodule: LightningDataModule | None) -> Measurement:
+def _measurement(model: Any, datamodule: Any) -> Measurement:
     counts = dict(model.sample_counts())
     if hasattr(datamodule, "sample_counts"):
         counts |= datamodule.sample_counts()

@@ -29,9 +29,9 @@ def collect_ranges(modules: Mapping[str, QModule], calibration: "Calibration") -
     """
     own: Ranges = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for operand, quantizer in module.input_quantizers.items():
+    def watch(name: str, module: QModule) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for operand, quantizer in module.operand_quantizers.items():
                 if not isinstance(quantizer.granularity, PerToken):
                     x = inputs[module.operands.index(operand)].detach()
                     _widen(own, (name, operand), extrema(x, quantizer.granularity))
@@ -40,7 +40,7 @@ def collect_ranges(modules: Mapping[str, QModule], calibration: "Calibration") -
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(watch(name)).remove)
+            stack.callback(module.register_forward_pre_hook(watch(name, module)).remove)
         for batch in calibration.batches:
             calibration.forward(batch)
     merged = _merge(own)
@@ -72,7 +72,7 @@ def _check(modules: Mapping[str, QModule], ranges: Ranges) -> None:
     needed = [
         (name, operand)
         for name, module in modules.items()
-        for operand, quantizer in module.input_quantizers.items()
+        for operand, quantizer in module.operand_quantizers.items()
         if not isinstance(quantizer.granularity, PerToken)
     ]
     unseen = sorted({name for name, operand in needed if (name, operand) not in ranges})

@@ -27,6 +27,8 @@ def log_decode(codes: Tensor, *, steps_per_octave: int = 1) -> Tensor:
 
 def log_fake_quantize(x: Tensor, bits: int, *, steps_per_octave: int = 1) -> Tensor:
     """Round values in [0, 1] to the grid and back; shape and dtype of `x`, straight-through gradient."""
-    rounded = log_decode(log_codes(x.detach(), bits, steps_per_octave=steps_per_octave), steps_per_octave=steps_per_octave)
+    rounded = log_decode(
+        log_codes(x.detach(), bits, steps_per_octave=steps_per_octave), steps_per_octave=steps_per_octave
+    )
     rounded = rounded.to(x.dtype)
     return x + (rounded - x).detach() if torch.is_grad_enabled() and x.requires_grad else rounded

@@ -4,17 +4,19 @@ With n = 2^(b-1) codes a range:
 
 - after softmax, x in [0, 1]: below `split` the step is D1 = split / (n - 1), from `split` on it is D2 = 1 / (n - 1), so
   that 1 is exact. Stored codes are 0 .. n - 1 below and n .. 2n - 1 above.
-- after GELU and its relatives: negative values have codes -n .. -1 with D1 = |minimum of the activation| / n, positive ones
-  0 .. n - 1 with D2.
+- after GELU and its relatives: negative values have codes -n .. -1 with D1 = |minimum of the activation| / n, positive
+  ones 0 .. n - 1 with D2.
 
 Both functions are piecewise: every x falls into exactly one of the two ranges.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def _straight_through(x: Tensor, rounded: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+def _straight_through(x: Tensor, rounded: Tensor, low: Any, high: Any) -> Tensor:
     """Give `rounded` the gradient of `clamp(x, low, high)`; without gradients it is returned as it is."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return rounded

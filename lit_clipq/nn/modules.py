@@ -4,6 +4,7 @@ Each stands in for its float original and starts in `Phase.FLOAT`, where it comp
 weight into integer codes; `Phase.QUANTIZED` rounds every operand that has a quantizer.
 """
 
+from abc import abstractmethod
 from enum import Enum, auto
 from typing import cast
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clipq.nn.matmul import MatMul
-from lit_clipq.nn.quantizer import UniformQuantizer
+from lit_clipq.nn.quantizer import Quantizer, UniformQuantizer
 
 
 class Phase(Enum):
@@ -32,7 +33,7 @@ class QModule(nn.Module):
 
     operands: tuple[str, ...] = ()
 
-    def __init__(self, input_quantizers: tuple[UniformQuantizer | None, ...]) -> None:
+    def __init__(self, input_quantizers: tuple[Quantizer | None, ...]) -> None:
         super().__init__()
         if len(input_quantizers) != len(self.operands):
             raise ValueError(f"expected a quantizer or None for each of {self.operands}, got {len(input_quantizers)}")
@@ -51,9 +52,14 @@ class QModule(nn.Module):
         )
         return self.product(*rounded)
 
+    @property
+    def operand_quantizers(self) -> dict[str, Quantizer]:
+        """The quantizers of the operands that have one."""
+        return {name: cast(Quantizer, quantizer) for name, quantizer in self.input_quantizers.items()}
+
+    @abstractmethod
     def product(self, *inputs: Tensor) -> Tensor:
         """Compute the float product with the weight the layer holds now."""
-        raise NotImplementedError
 
     def freeze(self) -> None:
         """End calibration: from here on `forward` quantizes."""
@@ -74,8 +80,8 @@ class QWeighted(QModule):
     def __init__(
         self,
         original: nn.Linear | nn.Conv2d,
-        weight_quantizer: UniformQuantizer | None,
-        input_quantizer: UniformQuantizer | None,
+        weight_quantizer: Quantizer | None,
+        input_quantizer: Quantizer | None,
     ) -> None:
         super().__init__((input_quantizer,))
         self.weight: Tensor = original.weight
@@ -94,7 +100,7 @@ class QWeighted(QModule):
 
     def load_codes(self, codes: Tensor) -> None:
         """Hold stored codes and the weight they decode to."""
-        quantizer = cast(UniformQuantizer, self.weight_quantizer)
+        quantizer = cast(Quantizer, self.weight_quantizer)
         decoded = quantizer.decode(codes.int() + _storage_shift(quantizer)).to(self.weight.dtype)
         self.weight_codes = codes
         del self.weight
@@ -105,7 +111,7 @@ class QLinear(QWeighted):
     """Quantized `nn.Linear`: input (*, in), output (*, out)."""
 
     def __init__(
-        self, original: nn.Linear, weight_quantizer: UniformQuantizer | None, input_quantizer: UniformQuantizer | None
+        self, original: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
     ) -> None:
         super().__init__(original, weight_quantizer, input_quantizer)
         self.in_features, self.out_features = original.in_features, original.out_features
@@ -124,7 +130,7 @@ class QConv2d(QWeighted):
     """Quantized `nn.Conv2d`: input (B, C, H, W), zero or other padding applied to the rounded input."""
 
     def __init__(
-        self, original: nn.Conv2d, weight_quantizer: UniformQuantizer | None, input_quantizer: UniformQuantizer | None
+        self, original: nn.Conv2d, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
     ) -> None:
         super().__init__(original, weight_quantizer, input_quantizer)
         self.in_channels, self.out_channels = original.in_channels, original.out_channels
@@ -143,9 +149,7 @@ class QMatMul(QModule):
 
     operands = ("a", "b")
 
-    def __init__(
-        self, original: MatMul, a_quantizer: UniformQuantizer | None, b_quantizer: UniformQuantizer | None
-    ) -> None:
+    def __init__(self, original: MatMul, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None) -> None:
         super().__init__((a_quantizer, b_quantizer))
         self.training = original.training
 
@@ -154,5 +158,5 @@ class QMatMul(QModule):
         return inputs[0] @ inputs[1]
 
 
-def _storage_shift(quantizer: UniformQuantizer) -> int:
-    return 0 if quantizer.symmetric else 2 ** (quantizer.bits - 1)
+def _storage_shift(quantizer: Quantizer) -> int:
+    return 2 ** (quantizer.bits - 1) if isinstance(quantizer, UniformQuantizer) and not quantizer.symmetric else 0

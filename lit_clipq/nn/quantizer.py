@@ -1,21 +1,87 @@
 """Quantizers: a grid, its calibrated parameters, and nothing else. Layers compose them."""
 
+from abc import abstractmethod
+from typing import Any, ClassVar
+
 from torch import Tensor, nn
 
+from lit_clipq.functional import granularity as granularities
 from lit_clipq.functional.granularity import Granularity, PerTensor, PerToken, extrema
+from lit_clipq.functional.log import log_codes, log_decode, log_fake_quantize
+from lit_clipq.functional.twin import (
+    gelu_codes,
+    gelu_decode,
+    gelu_fake_quantize,
+    softmax_codes,
+    softmax_decode,
+    softmax_fake_quantize,
+)
 from lit_clipq.functional.uniform import affine_parameters, code_range, fake_quantize, from_codes, to_codes
 
 
-class UniformQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """A grid of 2 to 16 bits. Its parameters are buffers, `None` until calibration gave them.
+
+    Attributes:
+        kinds: Every quantizer by the name that `config` uses.
+    """
+
+    kinds: ClassVar[dict[str, type["Quantizer"]]] = {}
+    granularity: Granularity = PerTensor()
+    bits: int
+
+    def __init_subclass__(cls) -> None:
+        """Make the class known by its name."""
+        Quantizer.kinds[cls.__name__] = cls
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the grid has its parameters."""
+        return all(buffer is not None for buffer in self._buffers.values())
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Return the options of the class as plain values; `from_config` of them builds an equal, empty quantizer."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Round `x` to the grid and back; shape and dtype of `x`."""
+
+    @abstractmethod
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the int32 codes of `x`, same shape."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the float32 values of integer `codes`, same shape."""
+
+    @staticmethod
+    def from_config(config: dict[str, Any]) -> "Quantizer":
+        """Build the quantizer that `config` describes, without parameters."""
+        options = dict(config)
+        return Quantizer.kinds[options.pop("type")](**options)
+
+    def _need(self, name: str) -> Tensor:
+        value = self._buffers.get(name)
+        if value is None:
+            raise RuntimeError(f"this {type(self).__name__} holds no {name}; calibrate it before the quantized forward")
+        return value
+
+    def extra_repr(self) -> str:
+        """Options, for printing."""
+        return ", ".join(f"{name}={value}" for name, value in self.config().items() if name != "type")
+
+
+class UniformQuantizer(Quantizer):
     """Uniform affine grid of 2 to 16 bits.
 
-    The scale (float32) and zero point (int32) are `None` until `set_range` or `load_parameters` gave them, except for
-    `PerToken`, which computes both from each input.
+    The scale (float32) and zero point (int32) come from `set_range` or `load_parameters`, except for `PerToken`, which
+    computes both from each input.
 
     Args:
         bits: Width of the codes, 2 to 16.
         symmetric: Codes -2^(b-1) .. 2^(b-1) - 1 around 0 instead of 0 .. 2^b - 1.
-        granularity: What shares a scale.
+        granularity: What shares a scale; also as the pair [name, argument] that `config` gives.
         restricted: Symmetric grids only: represent the largest magnitude exactly.
     """
 
@@ -27,13 +93,15 @@ class UniformQuantizer(nn.Module):
         bits: int,
         *,
         symmetric: bool,
-        granularity: Granularity | None = None,
+        granularity: Granularity | list[Any] | None = None,
         restricted: bool = False,
     ) -> None:
         super().__init__()
         self.bits = bits
         self.symmetric = symmetric
-        self.granularity: Granularity = granularity or PerTensor()
+        if isinstance(granularity, list):
+            granularity = getattr(granularities, granularity[0])(*granularity[1:])
+        self.granularity = granularity or PerTensor()  # type: ignore[assignment]
         self.restricted = restricted
         self.qmin, self.qmax = code_range(bits, symmetric=symmetric)
         self.register_buffer("scale", None)
@@ -41,8 +109,19 @@ class UniformQuantizer(nn.Module):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the grid has its parameters."""
-        return isinstance(self.granularity, PerToken) or self.scale is not None
+        """Whether the grid has its parameters, or needs none."""
+        return isinstance(self.granularity, PerToken) or super().calibrated
+
+    def config(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        granularity = [type(self.granularity).__name__, *vars(self.granularity).values()]
+        return {
+            "type": type(self).__name__,
+            "bits": self.bits,
+            "symmetric": self.symmetric,
+            "granularity": granularity,
+            "restricted": self.restricted,
+        }
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take the grid that spans [low, high]; both of the scale shape, finite."""
@@ -72,21 +151,113 @@ class UniformQuantizer(nn.Module):
         Raises:
             RuntimeError: If the grid was never calibrated, or is computed per input.
         """
-        if self.scale is None or self.zero_point is None:
-            raise RuntimeError("this quantizer holds no scale; calibrate it before decoding")
-        return from_codes(codes, self.scale, self.zero_point, self.granularity)
+        return from_codes(codes, self._need("scale"), self._need("zero_point"), self.granularity)
 
     def _grid_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.granularity, PerToken):
             return self._grid_spanning(*extrema(x.detach(), self.granularity))
-        if self.scale is None or self.zero_point is None:
-            raise RuntimeError("this quantizer holds no scale; calibrate it before the quantized forward")
-        return self.scale, self.zero_point
+        return self._need("scale"), self._need("zero_point")
 
     def _grid_spanning(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return affine_parameters(low, high, self.bits, symmetric=self.symmetric, restricted=self.restricted)
 
-    def extra_repr(self) -> str:
-        """Width, symmetry and granularity, for printing."""
-        kind = "symmetric" if self.symmetric else "affine"
-        return f"{self.bits} bits, {kind}, {self.granularity}"
+
+class TwinSoftmaxQuantizer(Quantizer):
+    """Twin uniform grid for attention weights; see `lit_clipq.functional.twin`.
+
+    Args:
+        bits: Width of the codes.
+    """
+
+    split: Tensor | None
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        code_range(bits, symmetric=False)
+        self.bits = bits
+        self.register_buffer("split", None)
+
+    def config(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return {"type": type(self).__name__, "bits": self.bits}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round values in [0, 1] to the grid and back."""
+        return softmax_fake_quantize(x, self._need("split"), self.bits)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the int32 codes 0 .. 2^b - 1, same shape."""
+        return softmax_codes(x, self._need("split"), self.bits)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the float32 values of `codes`, same shape."""
+        return softmax_decode(codes, self._need("split"), self.bits)
+
+
+class TwinGeluQuantizer(Quantizer):
+    """Twin uniform grid behind GELU-like activations; see `lit_clipq.functional.twin`.
+
+    Args:
+        bits: Width of the codes.
+        minimum: Smallest value the activation can take, negative; it fixes the negative step.
+    """
+
+    positive_step: Tensor | None
+    negative_step: Tensor
+
+    def __init__(self, bits: int, minimum: float) -> None:
+        super().__init__()
+        code_range(bits, symmetric=True)
+        if not minimum < 0:
+            raise ValueError(f"expected the negative minimum of an activation, got {minimum}")
+        self.bits = bits
+        self.minimum = minimum
+        self.register_buffer("negative_step", Tensor([-minimum / 2 ** (bits - 1)]).squeeze(), persistent=False)
+        self.register_buffer("positive_step", None)
+
+    def config(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return {"type": type(self).__name__, "bits": self.bits, "minimum": self.minimum}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round activations to the grid and back."""
+        return gelu_fake_quantize(x, self.negative_step, self._need("positive_step"), self.bits)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the int32 codes -2^(b-1) .. 2^(b-1) - 1, same shape."""
+        return gelu_codes(x, self.negative_step, self._need("positive_step"), self.bits)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the float32 values of `codes`, same shape."""
+        return gelu_decode(codes, self.negative_step, self._need("positive_step"))
+
+
+class LogQuantizer(Quantizer):
+    """Logarithmic grid for values in [0, 1]; see `lit_clipq.functional.log`. It needs no calibration.
+
+    Args:
+        bits: Width of the codes.
+        steps_per_octave: 1 for base 2, 2 for base sqrt 2.
+    """
+
+    def __init__(self, bits: int, steps_per_octave: int = 1) -> None:
+        super().__init__()
+        code_range(bits, symmetric=False)
+        self.bits = bits
+        self.steps_per_octave = steps_per_octave
+
+    def config(self) -> dict[str, Any]:
+        """Return the options as plain values."""
+        return {"type": type(self).__name__, "bits": self.bits, "steps_per_octave": self.steps_per_octave}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round values in [0, 1] to the grid and back."""
+        return log_fake_quantize(x, self.bits, steps_per_octave=self.steps_per_octave)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the int32 codes 0 .. 2^b - 1, same shape."""
+        return log_codes(x, self.bits, steps_per_octave=self.steps_per_octave)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the float32 values of `codes`, same shape."""
+        return log_decode(codes, steps_per_octave=self.steps_per_octave)

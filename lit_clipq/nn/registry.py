@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lit_clipq.nn.matmul import MatMul
-from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul
+from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul, QModule
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class LayerKind:
     """How maps and reports call it."""
     float_type: type[nn.Module]
     """The float layer, subclasses included."""
-    quantized_type: Callable[..., nn.Module]
+    quantized_type: Callable[..., QModule]
     """Called as `quantized_type(original, *quantizers)`."""
     has_weight: bool
     """Whether the first quantizer is the weight's; the others belong to the operands in order."""

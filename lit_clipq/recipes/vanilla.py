@@ -34,11 +34,11 @@ def apply(recipe: Vanilla, calibration: Calibration) -> None:
     modules = calibration.swap(lambda layer, entry: _build(recipe, layer, entry))
     ranges = collect_ranges(modules, calibration)
     for name, module in modules.items():
-        for operand, quantizer in module.input_quantizers.items():
-            quantizer.set_range(*ranges[name, operand])
-        if isinstance(module, QWeighted) and module.weight_quantizer is not None:
-            weight = module.weight.detach()
-            module.weight_quantizer.set_range(*extrema(weight, module.weight_quantizer.granularity))
+        for operand, quantizer in module.operand_quantizers.items():
+            if isinstance(quantizer, UniformQuantizer):
+                quantizer.set_range(*ranges[name, operand])
+        if isinstance(module, QWeighted) and isinstance(module.weight_quantizer, UniformQuantizer):
+            module.weight_quantizer.set_range(*extrema(module.weight.detach(), module.weight_quantizer.granularity))
         module.freeze()
 
 
