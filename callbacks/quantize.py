@@ -1,6 +1,7 @@
 """Quantize a task's networks when Lightning is about to evaluate or to train."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,10 +10,29 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 
 from lit_clipq.api import QuantizationReport, quantize
+from lit_clipq.checkpoint import Artefact, ModelIdentity, check_target, identify, read_artefact, save_quantized
 from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.recipes import BitWidths, Recipe, make_recipe
 
 log = logging.getLogger(__name__)
+
+DECIDED_BY_ARTEFACT = (
+    "recipe",
+    "bits",
+    "vision_bits",
+    "text_bits",
+    "weight_bits",
+    "activation_bits",
+    "vision_weight_bits",
+    "vision_activation_bits",
+    "text_weight_bits",
+    "text_activation_bits",
+    "include",
+    "exclude",
+    "attention_products",
+    "options",
+)
+"""Arguments of `Quantize` that a loaded model answers."""
 
 
 class Quantize(pl.Callback):
@@ -44,6 +64,8 @@ class Quantize(pl.Callback):
         seed: Seed of the choice of calibration samples.
         memory_limit_gb: Bound on what calibration may store, in 10^9 bytes; null is no bound.
         dry_run: Print what would be quantized, its cost and its share, and stop.
+        save: Folder in which the quantized model is kept.
+        load: Folder of a model that was kept; it takes the place of recipe and calibration.
     """
 
     def __init__(
@@ -67,6 +89,8 @@ class Quantize(pl.Callback):
         seed: int = 0,
         memory_limit_gb: float | None = None,
         dry_run: bool = False,
+        save: str | None = None,
+        load: str | None = None,
     ) -> None:
         widths = {
             "bits": bits,
@@ -94,6 +118,19 @@ class Quantize(pl.Callback):
             self.recipe = make_recipe(
                 recipe, bits=resolved, include=tuple(include or ()), exclude=tuple(exclude or ()), **chosen
             )
+        self._artefact: Artefact | None = None
+        if load is not None:
+            decided = {"recipe": recipe, **widths, "include": include, "exclude": exclude, "options": options}
+            decided |= {"attention_products": attention_products, "save": save, "dry_run": dry_run}
+            _refuse_beside_load([name for name, value in decided.items() if value])
+            self._artefact = read_artefact(load)
+            self.recipe = self._artefact.recipe
+        self.save = None if save is None else Path(save)
+        if self.save is not None and not self.active:
+            raise ConfigError(
+                "--quantize.save keeps a quantized model, but nothing is quantized: "
+                "give --quantize.recipe and less than 32 bits, or leave out --quantize.save"
+            )
         self.calibration_samples = calibration_samples
         self.calibration_batch_size = calibration_batch_size
         self.seed = seed
@@ -106,6 +143,26 @@ class Quantize(pl.Callback):
     def active(self) -> bool:
         """Whether the run is to quantize anything at all."""
         return self.recipe is not None and not self.recipe.bits.all_float
+
+    def preflight(self, trainer: pl.Trainer, pl_module: Any, *, weights_are_final: bool) -> None:
+        """Refuse what cannot be saved or loaded in the end, before anything is evaluated.
+
+        Args:
+            trainer: Of the run.
+            pl_module: The task.
+            weights_are_final: Whether no checkpoint is going to replace the weights.
+
+        Raises:
+            ConfigError: For a folder that cannot be written, or a task whose model cannot be rebuilt.
+            ModelError: For a damaged artefact, or one of another model.
+        """
+        if self.save is not None and trainer.is_global_zero:
+            _identify(pl_module, with_weights=False)
+            check_target(self.save)
+        if self._artefact is not None:
+            self._artefact.check_files()
+            run = _identify(pl_module, with_weights=weights_are_final)
+            self._artefact.identity.check_serves(run, self._artefact.folder)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """In `fit`: quantize here, on the device of this process."""
@@ -125,6 +182,10 @@ class Quantize(pl.Callback):
     def _apply(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.paused or not self.active or self.report is not None or self.recipe is None:
             return
+        if self._artefact is not None:
+            self._load(self._artefact, pl_module)
+            return
+        identity = _identify(pl_module) if self.save is not None and trainer.is_global_zero else None
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_dataloader"):
             raise CalibrationError(
@@ -150,6 +211,13 @@ class Quantize(pl.Callback):
         log.info("quantized %d layers in %.1f s", len(self.report.map.quantized), self.report.seconds)
         if self.dry_run:
             raise DryRunComplete(self.report)
+        if self.save is not None and identity is not None:
+            save_quantized(self.save, pl_module.roots(), report=self.report, recipe=self.recipe, identity=identity)
+
+    def _load(self, artefact: Artefact, pl_module: Any) -> None:
+        artefact.identity.check_serves(_identify(pl_module), artefact.folder)
+        self.report = artefact.load_into(pl_module.roots())
+        log.info("loaded %d quantized layers from %s", len(self.report.map.quantized), artefact.folder)
 
 
 class DryRunComplete(Exception):  # noqa: N818 - it ends the run as asked, nothing went wrong
@@ -162,3 +230,21 @@ class DryRunComplete(Exception):  # noqa: N818 - it ends the run as asked, nothi
     def __init__(self, report: QuantizationReport) -> None:
         super().__init__("dry run complete")
         self.report = report
+
+
+def _refuse_beside_load(names: list[str]) -> None:
+    if names:
+        flags = ", ".join(f"--quantize.{name}" for name in names)
+        raise ConfigError(
+            f"--quantize.load brings recipe, options and widths, and nothing is calibrated or saved: leave out {flags}"
+        )
+
+
+def _identify(pl_module: Any, *, with_weights: bool = True) -> ModelIdentity:
+    loaded = getattr(pl_module, "loaded", None)
+    if loaded is None:
+        raise ConfigError(
+            f"expected a task that keeps its CLIP as `loaded`, got {type(pl_module).__name__}; "
+            "leave out --quantize.save and --quantize.load"
+        )
+    return identify(loaded, with_weights=with_weights)

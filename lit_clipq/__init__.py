@@ -1,16 +1,23 @@
 """Calibrate, quantize and evaluate CLIP after training.
 
-`lit_clipq.quantize(model, batches, recipe)` is the one verb; `load_clip` and `recipes` are what it needs. All are
-loaded on first use, so that importing the package costs nothing.
+`lit_clipq.quantize(model, batches, recipe)` is the one verb; `load_clip` and `recipes` are what it needs,
+`save_quantized` and `load_quantized` keep what it made, with what `identify` said before. All are loaded on first use,
+so that importing the package costs nothing.
 """
 
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_clip", "quantize", "recipes"]
+__all__ = ["__version__", "identify", "load_clip", "load_quantized", "quantize", "recipes", "save_quantized"]
 
-_LAZY = {"quantize": "lit_clipq.api", "load_clip": "lit_clipq.models"}
+_LAZY = {
+    "identify": "lit_clipq.checkpoint",
+    "load_clip": "lit_clipq.models",
+    "load_quantized": "lit_clipq.checkpoint",
+    "quantize": "lit_clipq.api",
+    "save_quantized": "lit_clipq.checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

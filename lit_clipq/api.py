@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.distributed import gather
-from lit_clipq.calibration.engine import Calibration
+from lit_clipq.calibration.engine import Calibration, count_samples
+from lit_clipq.calibration.layer_search import LayerResult
 from lit_clipq.calibration.profile import Profile, profile
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, make_explicit
@@ -21,7 +22,6 @@ from lit_clipq.recipes.base import Recipe, handler_of, name_of, plan
 
 log = logging.getLogger(__name__)
 
-_STATISTICS_BYTES = 8  # a float32 minimum and maximum for each operand
 Batch = Any
 Forward = Callable[[Batch], Any]
 
@@ -46,6 +46,8 @@ class QuantizationReport:
     """Predicted size of what calibration stores beside the model."""
     samples: int
     """Calibration samples of a pass, over all ranks; for a dry run those of one batch."""
+    layers: dict[str, LayerResult]
+    """How the search of each layer went; empty for recipes that do not search."""
 
 
 def quantize(
@@ -56,6 +58,7 @@ def quantize(
     forward: Forward | None = None,
     dry_run: bool = False,
     memory_limit_bytes: int | None = None,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> QuantizationReport:
     """Quantize a network in place, after training, from a few unlabelled batches.
 
@@ -70,6 +73,7 @@ def quantize(
         forward: Runs the networks on a batch; by default both towers of the CLIP.
         dry_run: Only plan and measure; no layer is swapped.
         memory_limit_bytes: Bound on what calibration stores beside the model; `None` is no bound.
+        progress: Told the name of each layer whose search is done.
 
     Returns:
         The report. With all widths at 32 bits nothing is touched.
@@ -96,27 +100,24 @@ def quantize(
     with torch.inference_mode(False), torch.enable_grad():
         float_bytes = sum(stored_bytes(root) for root in roots.values())
         if recipe.bits.all_float:
-            return QuantizationReport(name_of(recipe), QuantizationMap(), 0.0, float_bytes, float_bytes, 0, 0, 0)
+            return QuantizationReport(name_of(recipe), QuantizationMap(), 0.0, float_bytes, float_bytes, 0, 0, 0, {})
         _check_weights(roots)
         for root in roots.values():
             root.eval()
             fold_batchnorm(root)
             make_explicit(root)
         layers = find_layers(roots)
-        if not layers:
+        if not any(layer.kind.operands for layer in layers):
             quantized = any(isinstance(m, QModule) for root in roots.values() for m in root.modules())
             hint = "it is quantized already; load it anew" if quantized else "give a network that has some"
             raise ConfigError(f"expected linear, convolution or matrix product layers in {', '.join(roots)}: {hint}")
         planned = plan(recipe, layers)
         cost = _measure(roots, layers, batches, forward)
         planned = planned.with_macs(cost.macs)
-        memory_bytes = sum(_STATISTICS_BYTES * (1 + (e.weight_bits is None)) for e in planned.quantized)
-        if memory_limit_bytes is not None and memory_bytes > memory_limit_bytes:
-            raise CalibrationError(
-                f"calibration needs {memory_bytes} bytes beside the model, the limit is {memory_limit_bytes}; "
-                "raise memory_limit_gb"
-            )
-        calibration = Calibration(roots, layers, planned, batches, forward)
+        calibration = Calibration(
+            roots, layers, planned, batches, forward, cost, batches.expected(), memory_limit_bytes, progress=progress
+        )
+        memory_bytes, passes = recipe.footprint(calibration)
         if not dry_run:
             _run(recipe, calibration)
         return QuantizationReport(
@@ -125,9 +126,10 @@ def quantize(
             seconds=0.0 if dry_run else time.perf_counter() - started,
             float_bytes=float_bytes,
             quantized_bytes=sum(stored_bytes(root) for root in roots.values()),
-            passes=1,
+            passes=passes,
             memory_bytes=memory_bytes,
             samples=sum(gather(batches.samples)),
+            layers=calibration.results,
         )
 
 
@@ -138,10 +140,17 @@ class _Counted:
         self.batches = batches
         self.samples = 0
 
+    def expected(self) -> int:
+        """Count the samples of a pass; an upper bound where the last batch may be smaller."""
+        if isinstance(self.batches, list):
+            return sum(count_samples(batch) for batch in self.batches)
+        first = next(iter(self.batches), None)
+        return 0 if first is None else len(self.batches) * count_samples(first)  # type: ignore[arg-type]
+
     def __iter__(self) -> Iterator[Batch]:
         self.samples = 0
         for batch in self.batches:
-            self.samples += _samples(batch)
+            self.samples += count_samples(batch)
             yield batch
 
 
@@ -156,16 +165,11 @@ def _run(recipe: Recipe, calibration: Calibration) -> None:
 def _measure(roots: Mapping[str, nn.Module], layers: list[Any], batches: Iterable[Batch], forward: Forward) -> Profile:
     """Profile the first batch; under several ranks the first rank that has one speaks for all."""
     first = next(iter(batches), None)
-    own = profile(roots, layers, forward, first, _samples(first)) if first is not None else None
+    own = profile(roots, layers, forward, first, count_samples(first)) if first is not None else None
     found = next((p for p in gather(own) if p is not None), None)
     if found is None:
         raise CalibrationError("the calibration set is empty; give at least one batch (calibration_samples >= 1)")
     return found
-
-
-def _samples(batch: Batch) -> int:
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
-    return max((len(x) for x in tensors if isinstance(x, Tensor)), default=1)
 
 
 def _check_weights(roots: Mapping[str, nn.Module]) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import callbacks
 import datamodules
-from callbacks.quantize import DryRunComplete, Quantize
+from callbacks.quantize import DECIDED_BY_ARTEFACT, DryRunComplete, Quantize
 from lit_clipq.analysis.comparison import comparison_table, map_table
 from lit_clipq.api import QuantizationReport
 from lit_clipq.errors import ConfigError, LitClipqError
@@ -64,6 +64,16 @@ class ClipQuantCLI(LightningCLI):
         parser.add_lightning_class_args(Quantize, "quantize")
         parser.add_argument("--results", type=str, default="results.json", help="Where the results are written (JSON).")
         parser.link_arguments("results", "trainer.results")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a `--quantize.load` takes the place of the recipes and widths that configuration files name."""
+        super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand].get("quantize")
+        if options is not None and options.load is not None:
+            given = {str(arg).partition("=")[0] for arg in args}
+            for name in DECIDED_BY_ARTEFACT:
+                if f"--quantize.{name}" not in given:
+                    options[name] = None
 
     def after_validate(self) -> None:
         """Print the comparison."""

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.api import QuantizationReport
+from lit_clipq.checkpoint import state_hash
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.nn.size import stored_bytes
@@ -39,6 +40,9 @@ class Quantizing(Protocol):
     @property
     def active(self) -> bool:
         """Whether the run quantizes anything."""
+
+    def preflight(self, trainer: Trainer, pl_module: Any, *, weights_are_final: bool) -> None:
+        """Refuse what cannot be saved or loaded in the end, before anything is evaluated."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class QuantTrainer(Trainer):
             return run()
         if self.is_global_zero:
             _check_writable(Path(self.results))
+        callback.preflight(self, model, weights_are_final=ckpt_path is None)
         float_bytes = sum(stored_bytes(root) for root in model.roots().values())
         measured = self._float_pass(run, callback, model, datamodule, ckpt_path)
         outcome, quantized = [measured.metrics], measured
@@ -223,15 +228,6 @@ class QuantTrainer(Trainer):
 def versions() -> dict[str, str]:
     """Return the versions of this package and of those its numbers depend on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def state_hash(module: LightningModule) -> str:
-    """Hash names, shapes, types and bytes of a module's state."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
 
 
 def _measurement(model: Any, datamodule: Any) -> Measurement:

@@ -20,19 +20,34 @@ ALLOWED = {
     "lit_clipq.calibration": {"lit_clipq.functional", "lit_clipq.nn"},
     "lit_clipq.recipes": {"lit_clipq.functional", "lit_clipq.nn", "lit_clipq.calibration", "lit_clipq.models"},
     "lit_clipq.api": {"lit_clipq.models", "lit_clipq.nn", "lit_clipq.calibration", "lit_clipq.recipes"},
+    "lit_clipq.checkpoint": {
+        "lit_clipq.functional",
+        "lit_clipq.nn",
+        "lit_clipq.models",
+        "lit_clipq.recipes",
+        "lit_clipq.api",
+    },
     "lit_clipq.metrics": set(),
     "lit_clipq.tasks": {"lit_clipq.models", "lit_clipq.metrics"},
     "lit_clipq.analysis": {"lit_clipq.nn", "lit_clipq.recipes", "lit_clipq.calibration", "lit_clipq.models"},
     "lit_clipq.trainer": {
         "lit_clipq.analysis",
         "lit_clipq.api",
+        "lit_clipq.checkpoint",
         "lit_clipq.metrics.functional",
         "lit_clipq.nn",
         "lit_clipq.recipes",
     },
     "lit_clipq.cli": {"lit_clipq", "callbacks", "datamodules"},
     "datamodules": {"lit_clipq.models", "lit_clipq.mini", "lit_clipq.metrics.functional"},
-    "callbacks": {"lit_clipq.api", "lit_clipq.calibration", "lit_clipq.recipes", "lit_clipq.nn", "lit_clipq.analysis"},
+    "callbacks": {
+        "lit_clipq.api",
+        "lit_clipq.calibration",
+        "lit_clipq.checkpoint",
+        "lit_clipq.recipes",
+        "lit_clipq.nn",
+        "lit_clipq.analysis",
+    },
 }
 WITHOUT_LIGHTNING = ("lit_clipq.tasks", "lit_clipq.trainer", "lit_clipq.cli", "datamodules", "callbacks")
 

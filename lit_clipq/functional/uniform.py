@@ -67,8 +67,8 @@ def fake_quantize(
 ) -> Tensor:
     """Round `x` to its grid and back; shape and dtype of `x`, straight-through gradient inside the range.
 
-    torch's fused operators do the work, except for per-tensor grids on a CPU without gradients: there four in-place
-    passes give the same bits in a fifteenth of the time. The fused operators turn NaN into a number: check inputs that
+    torch's fused operators do the work, except on a CPU without gradients: there four in-place passes give the same
+    bits in a fifteenth of the time. The fused operators turn NaN into a number: check inputs that
     may hold one beforehand.
 
     Args:
@@ -81,10 +81,9 @@ def fake_quantize(
     """
     if x.dtype in (torch.float16, torch.bfloat16):
         return fake_quantize(x.float(), scale, zero_point, qmin, qmax, granularity).to(x.dtype)
+    if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad):
+        return _round_in_place(x, scale, zero_point, qmin, qmax, granularity)
     if isinstance(granularity, PerTensor):
-        if x.is_cpu and not (torch.is_grad_enabled() and x.requires_grad):
-            zero = int(zero_point)
-            return x.mul(1.0 / scale).round_().clamp_(qmin - zero, qmax - zero).mul_(scale)
         return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, qmin, qmax)
     if isinstance(granularity, PerChannel):
         axis = granularity.axis % x.dim()
@@ -95,6 +94,21 @@ def fake_quantize(
         rows.reshape(-1, rows.shape[-1]), scale.reshape(-1), zero_point.reshape(-1), 0, qmin, qmax
     )
     return flat.reshape(*shape, -1).reshape(x.shape)
+
+
+def _round_in_place(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, granularity: Granularity
+) -> Tensor:
+    """Round without gradients: one copy, then four passes over it."""
+    rows = split_groups(x, granularity.size) if isinstance(granularity, PerGroup) else x
+    scale = broadcastable(scale, x, granularity)
+    steps = rows.mul(1.0 / scale).round_()
+    if zero_point.any():
+        zero = broadcastable(zero_point, x, granularity)
+        steps.clamp_(qmin - zero, qmax - zero) if zero.dim() else steps.clamp_(qmin - int(zero), qmax - int(zero))
+    else:
+        steps.clamp_(qmin, qmax)
+    return steps.mul_(scale).reshape(x.shape)
 
 
 def broadcastable(values: Tensor, x: Tensor, granularity: Granularity) -> Tensor:

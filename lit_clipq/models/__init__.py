@@ -2,7 +2,7 @@
 
 from lit_clipq.models.attention import ExplicitAttentionRecord, make_explicit
 from lit_clipq.models.bn import fold_batchnorm
-from lit_clipq.models.encode import encode_image, encode_text, text_lengths
+from lit_clipq.models.encode import encode_image, encode_text, has_end_token_rule, text_lengths
 from lit_clipq.models.loading import LoadedCLIP, load_clip
 from lit_clipq.models.preprocessing import Preprocessing
 
@@ -13,6 +13,7 @@ __all__ = [
     "encode_image",
     "encode_text",
     "fold_batchnorm",
+    "has_end_token_rule",
     "load_clip",
     "make_explicit",
     "text_lengths",

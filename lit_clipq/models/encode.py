@@ -58,6 +58,11 @@ def text_lengths(model: nn.Module, tokens: Tensor) -> Tensor:
     return tower.end_positions(tokens) + 1
 
 
+def has_end_token_rule(model: nn.Module) -> bool:
+    """Tell whether the text tower is causal and pooled at the end token, so that later positions never matter."""
+    return _end_token_tower(model) is not None
+
+
 @dataclass(frozen=True)
 class _EndTokenTower:
     """A causal open_clip text tower that is pooled at its end token.

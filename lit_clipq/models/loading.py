@@ -24,12 +24,16 @@ class LoadedCLIP:
         preprocessing: Image transform and tokenizer.
         name: The name it was loaded by.
         pretrained: Tag or file of its weights; None for random weights.
+        config: The configuration it was built from; None for a model that did not come from `load_clip`.
+        precision: As in `load_clip`.
     """
 
     model: nn.Module
     preprocessing: Preprocessing
     name: str
     pretrained: str | None
+    config: ModelConfig | None = None
+    precision: str = "fp32"
 
 
 def load_clip(
@@ -67,18 +71,37 @@ def load_clip(
     config = resolve_config(name, force_quick_gelu=force_quick_gelu)
     source = None if pretrained is None else find_weights(config, pretrained, force_quick_gelu=force_quick_gelu)
     download = source is not None and source.path is None
-    config = _with_local_text_model(config, download=download)
     if source is not None:
         config = replace(config, preprocess={**config.preprocess, **source.published})
     path = None if source is None else fetch_weights(config, source)
-    model: Any = build_model(config, precision)
+    loaded = build_clip(config, pretrained, precision=precision, download=download)
     if path is None:
         logger.info("model %s has random weights", name)
     else:
-        load_weights(model, config, path)
-    check_finite(model.state_dict(), f"model {name}")
-    preprocessing = make_preprocessing(config, model.visual.image_size, download=download)
-    return LoadedCLIP(model.to(device).eval(), preprocessing, name, pretrained)
+        load_weights(loaded.model, config, path)
+    check_finite(loaded.model.state_dict(), f"model {name}")
+    loaded.model.to(device)
+    return loaded
+
+
+def build_clip(
+    config: ModelConfig, pretrained: str | None, *, precision: str = "fp32", download: bool = False
+) -> LoadedCLIP:
+    """Build the model of a configuration with random weights, in eval mode on the CPU, and its preprocessing.
+
+    Args:
+        config: See `resolve_config`.
+        pretrained: Where the weights that it is going to hold come from.
+        precision: As in `load_clip`.
+        download: Whether the hub may be asked for configurations and tokenizers.
+
+    Raises:
+        ModelError: For a configuration that cannot be built.
+    """
+    local = _with_local_text_model(config, download=download)
+    model: Any = build_model(local, precision)
+    preprocessing = make_preprocessing(local, model.visual.image_size, download=download)
+    return LoadedCLIP(model.eval(), preprocessing, config.name, pretrained, config, precision)
 
 
 def _with_local_text_model(config: ModelConfig, *, download: bool) -> ModelConfig:

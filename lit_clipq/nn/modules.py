@@ -6,7 +6,7 @@ weight into integer codes; `Phase.QUANTIZED` rounds every operand that has a qua
 
 from abc import abstractmethod
 from enum import Enum, auto
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,15 @@ class QModule(nn.Module):
     Attributes:
         input_quantizers: One entry an operand of `forward`; an absent quantizer leaves that operand float.
         phase: Whether `forward` quantizes.
+        classes: Every Q-module class by the name that `config` uses.
     """
 
+    classes: ClassVar[dict[str, type["QModule"]]] = {}
     operands: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        """Make the class known by its name."""
+        QModule.classes[cls.__name__] = cls
 
     def __init__(self, input_quantizers: tuple[Quantizer | None, ...]) -> None:
         super().__init__()
@@ -57,6 +63,21 @@ class QModule(nn.Module):
         """The quantizers of the operands that have one."""
         return {name: cast(Quantizer, quantizer) for name, quantizer in self.input_quantizers.items()}
 
+    @property
+    def quantizers(self) -> tuple[Quantizer | None, ...]:
+        """The quantizers in the order in which the class takes them."""
+        return tuple(self.operand_quantizers.get(name) for name in self.operands)
+
+    def config(self) -> dict[str, Any]:
+        """Return class and quantizers as plain values; `from_config` of them swaps an equal, empty layer in."""
+        return {"type": type(self).__name__, "quantizers": [q and q.config() for q in self.quantizers]}
+
+    @staticmethod
+    def from_config(config: dict[str, Any], original: nn.Module) -> "QModule":
+        """Build the layer that `config` describes around a float layer; its grids have no parameters yet."""
+        build = cast(Any, QModule.classes[config["type"]])
+        return build(original, *(q and Quantizer.from_config(q) for q in config["quantizers"]))  # type: ignore[no-any-return]
+
     @abstractmethod
     def product(self, *inputs: Tensor) -> Tensor:
         """Compute the float product with the weight the layer holds now."""
@@ -73,35 +94,48 @@ class QWeighted(QModule):
     they are signed) and the quantizers' parameters. `weight` is then a cache of the decoded codes and not saved.
     """
 
-    operands = ("input",)
+    operands: tuple[str, ...] = ("input",)
     bias: Tensor | None
     weight_codes: Tensor | None
 
     def __init__(
         self,
-        original: nn.Linear | nn.Conv2d,
+        original: nn.Linear | nn.Conv2d | nn.Embedding,
         weight_quantizer: Quantizer | None,
-        input_quantizer: Quantizer | None,
+        *input_quantizers: Quantizer | None,
     ) -> None:
-        super().__init__((input_quantizer,))
+        super().__init__(input_quantizers)
         self.weight: Tensor = original.weight
-        self.bias = original.bias
+        self.bias = None if isinstance(original, nn.Embedding) else original.bias
         self.weight_quantizer = weight_quantizer
         self.register_buffer("weight_codes", None)
         self.training = original.training
+
+    def product(self, *inputs: Tensor) -> Tensor:
+        """Compute the product of the input with the weight the layer holds now."""
+        return self.product_with(self.weight, *inputs)
+
+    @abstractmethod
+    def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
+        """Compute the product of the input with `weight` in the place of the layer's own."""
+
+    @property
+    def quantizers(self) -> tuple[Quantizer | None, ...]:
+        """The weight's quantizer, then those of the operands."""
+        return (self.weight_quantizer, *super().quantizers)
 
     def freeze(self) -> None:
         """Replace the weight by its codes; without a weight quantizer the float weight stays."""
         quantizer = self.weight_quantizer
         if quantizer is not None:
-            codes = quantizer.codes(self.weight.detach()) - _storage_shift(quantizer)
+            codes = quantizer.codes(self.weight.detach()) - storage_shift(quantizer)
             self.load_codes(codes.to(torch.int8 if quantizer.bits <= 8 else torch.int16))
         super().freeze()
 
     def load_codes(self, codes: Tensor) -> None:
         """Hold stored codes and the weight they decode to."""
         quantizer = cast(Quantizer, self.weight_quantizer)
-        decoded = quantizer.decode(codes.int() + _storage_shift(quantizer)).to(self.weight.dtype)
+        decoded = quantizer.decode(codes.int() + storage_shift(quantizer)).to(self.weight.dtype)
         self.weight_codes = codes
         del self.weight
         self.register_buffer("weight", decoded, persistent=False)
@@ -117,9 +151,9 @@ class QLinear(QWeighted):
         self.in_features, self.out_features = original.in_features, original.out_features
         self.segments: tuple[int, ...] = getattr(original, "segments", (original.out_features,))
 
-    def product(self, *inputs: Tensor) -> Tensor:
+    def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`."""
-        return F.linear(inputs[0], self.weight, self.bias)
+        return F.linear(inputs[0], weight, self.bias)
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         """Answer `x @ layer`, the form in which open_clip applies its bare projections."""
@@ -139,9 +173,9 @@ class QConv2d(QWeighted):
         self.padding_mode = original.padding_mode
         self._reversed_padding_repeated_twice = original._reversed_padding_repeated_twice
 
-    def product(self, *inputs: Tensor) -> Tensor:
+    def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Return the convolution with the layer's stride, padding, dilation and groups."""
-        return nn.Conv2d._conv_forward(cast(nn.Conv2d, self), inputs[0], self.weight, self.bias)
+        return nn.Conv2d._conv_forward(cast(nn.Conv2d, self), inputs[0], weight, self.bias)
 
 
 class QMatMul(QModule):
@@ -158,5 +192,6 @@ class QMatMul(QModule):
         return inputs[0] @ inputs[1]
 
 
-def _storage_shift(quantizer: Quantizer) -> int:
+def storage_shift(quantizer: Quantizer) -> int:
+    """Return what is subtracted from a quantizer's codes so that the stored ones are signed."""
     return 2 ** (quantizer.bits - 1) if isinstance(quantizer, UniformQuantizer) and not quantizer.symmetric else 0

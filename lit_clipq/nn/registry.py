@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul, QModule
 
@@ -21,6 +22,8 @@ class LayerKind:
     """Called as `quantized_type(original, *quantizers)`."""
     has_weight: bool
     """Whether the first quantizer is the weight's; the others belong to the operands in order."""
+    operands: int
+    """How many inputs can have a quantizer; 0 for a table, which is no product."""
     macs: Callable[[nn.Module, tuple[Tensor, ...], Tensor], int]
     """Multiply-accumulates of one call, from (layer, inputs, output)."""
 
@@ -34,14 +37,19 @@ def _conv_macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> 
     return output.numel() * weight[0].numel()
 
 
+def _no_macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:  # noqa: ARG001
+    return 0
+
+
 def _matmul_macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:  # noqa: ARG001
     return output.numel() * inputs[0].shape[-1]
 
 
 KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", nn.Linear, QLinear, has_weight=True, macs=_linear_macs),
-    LayerKind("conv2d", nn.Conv2d, QConv2d, has_weight=True, macs=_conv_macs),
-    LayerKind("matmul", MatMul, QMatMul, has_weight=False, macs=_matmul_macs),
+    LayerKind("linear", nn.Linear, QLinear, has_weight=True, operands=1, macs=_linear_macs),
+    LayerKind("conv2d", nn.Conv2d, QConv2d, has_weight=True, operands=1, macs=_conv_macs),
+    LayerKind("matmul", MatMul, QMatMul, has_weight=False, operands=2, macs=_matmul_macs),
+    LayerKind("embedding", nn.Embedding, QEmbedding, has_weight=True, operands=0, macs=_no_macs),
 )
 
 

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from lit_clipq.functional.packing import packed_size
 from lit_clipq.nn.modules import QWeighted
 
 
@@ -20,6 +21,5 @@ def stored_bytes(module: nn.Module) -> int:
         place = (value.data_ptr(), value.shape)
         if value.numel() and place not in seen:
             seen.add(place)
-            bits = packed.get(id(value), 8 * value.element_size())
-            total += -(-value.numel() * bits // 8)
+            total += packed_size(value.numel(), packed.get(id(value), 8 * value.element_size()))
     return total

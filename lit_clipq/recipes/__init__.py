@@ -2,6 +2,7 @@
 
 from lit_clipq.recipes.base import Recipe, make_recipe, name_of, recipe_names
 from lit_clipq.recipes.bits import BitWidths
+from lit_clipq.recipes.ptq4clip import PTQ4CLIP
 from lit_clipq.recipes.vanilla import Vanilla
 
-__all__ = ["BitWidths", "Recipe", "Vanilla", "make_recipe", "name_of", "recipe_names"]
+__all__ = ["PTQ4CLIP", "BitWidths", "Recipe", "Vanilla", "make_recipe", "name_of", "recipe_names"]

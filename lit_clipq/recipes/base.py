@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from lit_clipq.calibration.engine import Calibration
-from lit_clipq.errors import ConfigError
+from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry, QuantizationMap, select
 from lit_clipq.recipes.bits import BitWidths
 
@@ -23,8 +23,25 @@ class Recipe:
     """Shell patterns of layer names to leave float."""
     attention_products: bool = True
     """Whether QK^T and attention x V are quantized as well."""
+    embeddings: bool = False
+    """Whether token embedding tables are stored as codes; they multiply nothing, but are a sixth of a CLIP."""
+
+    def footprint(self, calibration: Calibration) -> tuple[int, int]:
+        """Predict (bytes stored beside the model, passes over the calibration set); by default minima and maxima.
+
+        Raises:
+            CalibrationError: If the memory limit is below what is needed.
+        """
+        needed = sum(_RANGE_BYTES * (1 + (e.weight_bits is None)) for e in calibration.plan.quantized)
+        if calibration.memory_limit_bytes is not None and needed > calibration.memory_limit_bytes:
+            raise CalibrationError(
+                f"calibration needs {needed} bytes beside the model, the limit is {calibration.memory_limit_bytes}; "
+                "raise memory_limit_gb"
+            )
+        return needed, 1
 
 
+_RANGE_BYTES = 8  # a float32 minimum and maximum
 R = TypeVar("R", bound=Recipe)
 Handler = Callable[[Any, Calibration], None]
 _RECIPES: dict[str, tuple[type[Recipe], Handler]] = {}
@@ -93,10 +110,14 @@ def plan(recipe: Recipe, layers: list[Layer]) -> QuantizationMap:
 
 def _entry(recipe: Recipe, layer: Layer, left_out: Mapping[str, str]) -> MapEntry:
     weight_bits, activation_bits = recipe.bits.of(layer.tower)
+    if not layer.kind.operands:
+        activation_bits = FLOAT_BITS
     has_weight = layer.kind.has_weight
     reason = left_out.get(layer.name, "")
     if not reason and layer.kind.name == "matmul" and not recipe.attention_products:
         reason = "attention products are off in this recipe"
+    if not reason and layer.kind.name == "embedding":
+        reason = _why_table_stays_float(recipe, layer)
     if not reason and activation_bits == FLOAT_BITS and (weight_bits == FLOAT_BITS or not has_weight):
         reason = f"{layer.tower} is set to {FLOAT_BITS} bits"
     if reason:
@@ -104,3 +125,9 @@ def _entry(recipe: Recipe, layer: Layer, left_out: Mapping[str, str]) -> MapEntr
     return MapEntry(
         layer.name, layer.tower, layer.kind.name, weight_bits if has_weight else None, activation_bits, reason=reason
     )
+
+
+def _why_table_stays_float(recipe: Recipe, layer: Layer) -> str:
+    if not recipe.embeddings:
+        return "embedding tables are off in this recipe"
+    return "positions stay float" if "position" in layer.name.rpartition(".")[2] else ""

@@ -48,12 +48,13 @@ def _build(recipe: Vanilla, layer: Layer, entry: MapEntry) -> QModule:
     def operand() -> UniformQuantizer | None:
         return None if activation == FLOAT_BITS else UniformQuantizer(activation, symmetric=False)
 
+    operands = [operand() for _ in range(layer.kind.operands)]
     if entry.weight_bits is None:
-        return layer.kind.quantized_type(layer.module, operand(), operand())
+        return layer.kind.quantized_type(layer.module, *operands)
     weight = None
     if entry.weight_bits != FLOAT_BITS:
         granularity = PerChannel(0) if recipe.per_channel else PerTensor()
         weight = UniformQuantizer(
             entry.weight_bits, symmetric=True, granularity=granularity, restricted=recipe.restricted
         )
-    return layer.kind.quantized_type(layer.module, weight, operand())
+    return layer.kind.quantized_type(layer.module, weight, *operands)

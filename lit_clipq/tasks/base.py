@@ -30,9 +30,9 @@ class ClipTask(LightningModule):
     def __init__(self, name: str, pretrained: str | None = None) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a shard may be empty
-        loaded = load_clip(name, pretrained)
-        self.clip = loaded.model
-        self.preprocessing = loaded.preprocessing
+        self.loaded = load_clip(name, pretrained)
+        self.clip = self.loaded.model
+        self.preprocessing = self.loaded.preprocessing
         self.model_name = name
         self.pretrained = pretrained
         self._evaluation: Evaluation | None = None

@@ -82,13 +82,15 @@ def test_zero_is_always_exact(low, high):
     assert fake_quantize(torch.zeros(3), scale, zero, 0, 15, PerTensor()).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_fused_and_in_place_paths_give_the_same_bits():
-    x = torch.randn(10_000, generator=torch.Generator().manual_seed(2))
-    scale, zero = affine_parameters(*x.aminmax(), 5, symmetric=False)
-    tracked = x.clone().requires_grad_()
-    fused = fake_quantize(tracked, scale, zero, 0, 31, PerTensor())
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerToken(), PerGroup(50)])
+def test_fused_and_in_place_paths_give_the_same_bits(granularity, symmetric):
+    x = torch.randn(100, 100, generator=torch.Generator().manual_seed(2))
+    scale, zero = affine_parameters(*extrema(x, granularity), 5, symmetric=symmetric)
+    qmin, qmax = code_range(5, symmetric=symmetric)
+    fused = fake_quantize(x.clone().requires_grad_(), scale, zero, qmin, qmax, granularity)
     assert fused.grad_fn is not None
-    assert torch.equal(fused, fake_quantize(x, scale, zero, 0, 31, PerTensor()))
+    assert torch.equal(fused, fake_quantize(x, scale, zero, qmin, qmax, granularity))
 
 
 def test_gradient_passes_inside_the_range_only():

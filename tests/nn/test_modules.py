@@ -17,6 +17,7 @@ CASES = {
     "linear": (lambda: nn.Linear(8, 5), [(4, 3, 8)], 4 * 3 * 8 * 5),
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), [(2, 4, 8, 8)], 2 * 6 * 4 * 4 * 2 * 9),
     "matmul": (lambda: MatMul(), [(2, 3, 4, 5), (2, 3, 5, 6)], 2 * 3 * 4 * 5 * 6),
+    "embedding": (lambda: nn.Embedding(9, 8), [(2, 5)], 0),
 }
 
 
@@ -26,9 +27,12 @@ def make(name, weight_bits=8, activation_bits=8):
     original = build()
     kind = kind_of(original)
     weight = UniformQuantizer(weight_bits, symmetric=True, granularity=PerChannel(0)) if weight_bits else None
-    operands = [UniformQuantizer(activation_bits, symmetric=False) if activation_bits else None for _ in shapes]
+    operands = [
+        UniformQuantizer(activation_bits, symmetric=False) if activation_bits else None for _ in range(kind.operands)
+    ]
     layer = kind.quantized_type(original, *([weight] if kind.has_weight else []), *operands)
-    return original, layer, [torch.randn(shape) for shape in shapes], kind, macs
+    inputs = [torch.randn(shape) if kind.operands else torch.randint(9, shape) for shape in shapes]
+    return original, layer, inputs, kind, macs
 
 
 def calibrate(layer: QModule, inputs):
@@ -61,7 +65,8 @@ def test_a_frozen_layer_is_the_float_product_of_rounded_operands(name):
     original, layer, inputs, kind, _ = make(name)
     expected_layer = copy.deepcopy(original)
     calibrate(layer, inputs)
-    rounded = [q(x) for q, x in zip(layer.input_quantizers.values(), inputs, strict=True)]
+    assert len(layer.input_quantizers) == kind.operands
+    rounded = [q(x) for q, x in zip(layer.input_quantizers.values(), inputs, strict=True)] if kind.operands else inputs
     if kind.has_weight:
         expected_layer.weight.data = layer.weight_quantizer(original.weight.detach())
     assert torch.equal(layer(*inputs), expected_layer(*rounded))
@@ -81,7 +86,7 @@ def test_signal_to_noise_stays_above_its_floor(name, bits, floor):
 @pytest.mark.parametrize(("bits", "dtype"), [(4, torch.int8), (8, torch.int8), (16, torch.int16)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_codes_are_the_state_and_restore_the_weight(name, bits, dtype, symmetric):
-    original, layer, inputs, kind, _ = make(name)
+    original, layer, inputs, _, _ = make(name)
     layer.weight_quantizer = UniformQuantizer(bits, symmetric=symmetric, granularity=PerChannel(0))
     calibrate(layer, inputs)
     state = layer.state_dict()

@@ -1,0 +1,196 @@
+"""Collect, for every Q-module, its operands and the squared gradient of the loss by its output.
+
+One forward and one backward pass serve all layers at once. Products are flattened to *units* along the first axis: rows
+of a linear layer, pictures of a convolution, (sample, head) pairs of an attention product. Each unit has a key made of
+global sample number and place, the same on every rank, so that samples of the data do not depend on how it was sharded.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lit_clipq.nn.modules import QMatMul, QModule
+
+
+@dataclass
+class Observations:
+    """What one Q-module saw of one batch.
+
+    Attributes:
+        inputs: Operands with units first: (N, in) of a linear layer, (B, C, H, W) of a convolution, (P, M, K) and
+            (P, K, N) of a matrix product.
+        weight: Squared output gradients, shape of the product; `None` where none were collected.
+        keys: Global number of each unit, int64.
+        target: What the product should be, if not the float product of `inputs`.
+    """
+
+    inputs: tuple[Tensor, ...]
+    keys: Tensor
+    weight: Tensor | None = None
+    target: Tensor | None = None
+
+    def select(self, chosen: Tensor) -> "Observations":
+        """Return the units where the boolean `chosen` (N,) holds."""
+        return Observations(
+            tuple(x[chosen] for x in self.inputs),
+            self.keys[chosen],
+            None if self.weight is None else self.weight[chosen],
+            None if self.target is None else self.target[chosen],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        held = (*self.inputs, self.weight, self.target, self.keys)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+
+@dataclass
+class Rows:
+    """Which rows of the batch at hand count.
+
+    Attributes:
+        samples: Global sample numbers of the batch, int64 (B,).
+        lengths: Valid positions of each text, int64 (B,), where the text tower is causal and pooled at its end token;
+            `None` elsewhere. Positions behind the end never reach the output.
+        drop_start: Whether the first position is left out as well, because its keys and values are constants.
+    """
+
+    samples: Tensor
+    lengths: Tensor | None = None
+    drop_start: bool = False
+
+
+@dataclass
+class Recorder:
+    """Hooks on Q-modules that keep what they see; use `recording`."""
+
+    dtype: torch.dtype | None
+    gradients: bool
+    rows: Rows = field(default_factory=lambda: Rows(torch.zeros(0, dtype=torch.int64)))
+    seen: dict[str, list[Observations]] = field(default_factory=dict)
+    text: frozenset[str] = frozenset()
+    averages: frozenset[str] = frozenset()
+
+    def watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        """Return the forward hook of layer `name`."""
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            unit = _Units(module, self.rows, name in self.text, name in self.averages)
+            record = Observations(
+                tuple(self._store(x) for x in unit.operands(inputs)), unit.keys(output).to(output.device)
+            )
+            self.seen.setdefault(name, []).append(record)
+            if not self.gradients:
+                return None
+            tracked = output if output.requires_grad else output.detach().requires_grad_()
+
+            def keep(gradient: Tensor) -> None:
+                record.weight = self._store(unit.product(gradient.detach()).square())
+
+            tracked.register_hook(keep)
+            return tracked
+
+        return hook
+
+    def _store(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.dtype) if self.dtype is not None else x.detach()
+
+
+@contextmanager
+def recording(
+    modules: Mapping[str, QModule],
+    *,
+    text: frozenset[str] = frozenset(),
+    averages: frozenset[str] = frozenset(),
+    gradients: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Recorder]:
+    """Record the given layers while the context is open; the hooks are removed however it ends.
+
+    Args:
+        modules: Layers by name.
+        text: Names of those whose rows are positions of a text under the end-token rule.
+        averages: Names of the products of attention weights and values.
+        gradients: Whether a backward pass follows; then the outputs are made to track gradients although no parameter
+            does.
+        dtype: Type to store in, for example bfloat16; by default that of the values.
+    """
+    recorder = Recorder(dtype, gradients, text=text, averages=averages)
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(recorder.watch(name)).remove)
+        yield recorder
+
+
+@dataclass
+class _Units:
+    """How the tensors of one call are cut into units, and which of them are valid."""
+
+    module: nn.Module
+    rows: Rows
+    text: bool
+    averages: bool
+
+    def operands(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if isinstance(self.module, QMatMul):
+            a, b = inputs
+            if self._masked(a):
+                a, b = self._text_operands(a, b)
+            return a.flatten(0, -3), b.flatten(0, -3)
+        (x,) = inputs
+        return (self._linear_rows(x) if x.dim() != 4 else x,)
+
+    def product(self, gradient: Tensor) -> Tensor:
+        """Cut the gradient of the output as the output of the cut operands is shaped."""
+        if isinstance(self.module, QMatMul):
+            if self._masked(gradient) and self.rows.drop_start and not self.averages:
+                gradient = gradient[..., 1:]  # scores: the column of the start token is exact
+            return gradient.flatten(0, -3)
+        return self._linear_rows(gradient) if gradient.dim() != 4 else gradient
+
+    def keys(self, output: Tensor) -> Tensor:
+        samples = self.rows.samples.to(output.device)
+        if isinstance(self.module, QMatMul):
+            heads = output[0, ..., 0, 0].numel()
+            return (samples[:, None] * heads + torch.arange(heads, device=output.device)).flatten()
+        if output.dim() in (2, 4):
+            return samples
+        positions = torch.arange(output.shape[1], device=output.device)
+        keys = samples[:, None] * 4096 + positions
+        return keys[self._valid(output)] if self._masked(output) else keys.flatten()
+
+    def _linear_rows(self, x: Tensor) -> Tensor:
+        if self._masked(x):
+            return x[self._valid(x)]
+        return x.reshape(-1, x.shape[-1])
+
+    def _masked(self, x: Tensor) -> bool:
+        return self.text and self.rows.lengths is not None and x.dim() >= 3
+
+    def _valid(self, x: Tensor) -> Tensor:
+        """Return the boolean (B, L) of positions that count, for x of shape (B, L, ...)."""
+        lengths = self.rows.lengths
+        assert lengths is not None  # noqa: S101 - `_masked` asked
+        positions = torch.arange(x.shape[1], device=x.device)
+        valid = positions < lengths.to(x.device)[:, None]
+        if self.rows.drop_start:
+            valid = valid & (positions > 0)
+        return valid
+
+    def _text_operands(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Zero what lies behind the end of a text and cut the start token out of keys or values.
+
+        Scores: a = queries (B, H, L, d), b = keys (B, H, d, L). Averages: a = weights (B, H, L, L), b = values
+        (B, H, L, d). Rows of invalid queries are zeroed, not cut, because texts differ in length; their gradient is 0.
+        """
+        valid = self._valid(a.transpose(1, 2))[:, None, :, None]
+        a = a * valid
+        if self.averages:
+            b = b * valid
+            return (a[..., 1:], b[..., 1:, :]) if self.rows.drop_start else (a, b)
+        b = b * valid.transpose(-2, -1)
+        return (a, b[..., 1:]) if self.rows.drop_start else (a, b)

@@ -1,0 +1,116 @@
+"""What an error at a layer costs: gradients of the outputs that matter, to be back-propagated once.
+
+The objective of a scale is `sum g^2 (O^ - O)^2` over all elements of a layer's output, with g the gradient of a loss by
+that element: the diagonal of the Fisher information, or of the Gauss-Newton matrix. Both need a random draw; a loss
+taken between the float network and itself has no gradient at all.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lit_clipq.calibration.distributed import gather
+from lit_clipq.errors import CalibrationError
+
+log = logging.getLogger(__name__)
+_NOISE = 1e-5
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal Fisher information of the image-text softmax.
+
+    With p = softmax(image @ text^T / temperature) along both axes, a class y is drawn from p for every picture and
+    every text, and `-sum log p(y)` is differentiated. The expectation of the squared gradient is the diagonal of the Fisher
+    information (Kunstner et al., arXiv 1905.12558); labels are not used. CLIP's own temperature of 0.01 makes p almost
+    one-hot, so that few samples decide everything.
+    """
+
+    temperature: float = 0.1
+    """Divides the cosine similarities."""
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """Diagonal of J^T J, with J the Jacobian of the outputs.
+
+    The outputs of each sample are weighted by a random direction of length 1; the expected squared gradient is
+    diag(J^T J) / d (Hutchinson's estimator).
+    """
+
+
+Objective = Fisher | GaussNewton
+
+
+def contrastive_cotangents(image: Tensor, text: Tensor, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `-sum log p(y)` by the embeddings, for drawn y.
+
+    Args:
+        image: Embeddings of length 1, (N, D), in global order.
+        text: Embeddings of length 1, (N, D); text i belongs to picture i.
+        temperature: Divides the similarities.
+        seed: Of the draw.
+
+    Returns:
+        Gradients by image and text, each (N, D) float32.
+
+    Raises:
+        CalibrationError: For fewer than two pairs, or gradients at the level of rounding noise.
+    """
+    if len(image) < 2:
+        raise CalibrationError(
+            f"the image-text softmax needs at least 2 calibration pairs, got {len(image)}; raise calibration_samples"
+        )
+    image64, text64 = image.double().cpu(), text.double().cpu()
+    logits = image64 @ text64.T / temperature
+    generator = torch.Generator().manual_seed(seed)
+    slope = _score(logits, generator) + _score(logits.T, generator).T
+    if slope.abs().max() < _NOISE:
+        raise CalibrationError(
+            f"the image-text softmax at temperature {temperature} is one-hot: its largest gradient is "
+            f"{slope.abs().max():.1e}; raise the temperature or take the Gauss-Newton objective"
+        )
+    slope /= temperature
+    by_image, by_text = slope @ text64, slope.T @ image64
+    log.info("effective sample size %.1f of %d", effective_sample_size(by_image), len(image))
+    return by_image.to(image), by_text.to(text)
+
+
+def _score(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Return p - onehot(y) for y drawn from p = softmax(logits) along the last axis."""
+    p = logits.softmax(dim=-1)
+    drawn = torch.multinomial(p, 1, generator=generator)
+    return p.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=p.dtype))
+
+
+def random_directions(shape: torch.Size, keys: Tensor, seed: int) -> Tensor:
+    """Return random signs scaled to length 1 for each sample, (B, *) float32.
+
+    Args:
+        shape: Shape of the outputs, samples first.
+        keys: Global sample numbers int64 (B,): the direction of a sample depends on its number and the seed alone.
+        seed: Of the draw.
+    """
+    rows = []
+    for key in keys.tolist():
+        generator = torch.Generator().manual_seed((seed << 32) + key)
+        rows.append(torch.randint(0, 2, shape[1:], generator=generator).mul_(2).sub_(1).float())
+    directions = torch.stack(rows)
+    return directions / max(1, directions[0].numel()) ** 0.5
+
+
+def effective_sample_size(cotangents: Tensor) -> float:
+    """Return (sum w)^2 / sum w^2 of the squared gradient norms w of the samples: N where all weigh the same."""
+    weight = cotangents.flatten(1).square().sum(dim=1)
+    return (weight.sum().square() / weight.square().sum()).item()
+
+
+def in_global_order(own: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Gather rows of all ranks and sort them by sample number; returns (rows, positions of the own rows)."""
+    pieces = gather((own.cpu(), samples.cpu()))
+    rows = torch.cat([rows for rows, _ in pieces])
+    numbers = torch.cat([numbers for _, numbers in pieces])
+    order = numbers.argsort()
+    return rows[order], torch.searchsorted(numbers[order], samples.cpu())
