@@ -4,6 +4,7 @@ from datamodules.base import QuantDataModule
 from datamodules.coco import CocoRetrieval
 from datamodules.flickr import Flickr8kRetrieval, Flickr30kRetrieval
 from datamodules.imagenet import ImageFolderClassification, ImageNetV2
+from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval
 
 __all__ = [
     "CocoRetrieval",
@@ -11,5 +12,8 @@ __all__ = [
     "Flickr30kRetrieval",
     "ImageFolderClassification",
     "ImageNetV2",
+    "MiniClassification",
+    "MiniPretrain",
+    "MiniRetrieval",
     "QuantDataModule",
 ]
