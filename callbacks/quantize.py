@@ -1,6 +1,8 @@
 """Quantize a task's networks when Lightning is about to evaluate or to train."""
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_clipq.api import QuantizationReport, quantize
 from lit_clipq.checkpoint import Artefact, ModelIdentity, check_target, identify, read_artefact, save_quantized
@@ -199,7 +202,7 @@ class Quantize(pl.Callback):
         def forward(batch: Any) -> Any:
             return pl_module.calibration_forward(move_data_to_device(batch, pl_module.device))
 
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _progress(trainer) as progress:
             self.report = quantize(
                 pl_module.roots(),
                 batches,
@@ -207,6 +210,7 @@ class Quantize(pl.Callback):
                 forward=forward,
                 dry_run=self.dry_run,
                 memory_limit_bytes=None if self.memory_limit_gb is None else int(self.memory_limit_gb * 1e9),
+                progress=progress,
             )
         log.info("quantized %d layers in %.1f s", len(self.report.map.quantized), self.report.seconds)
         if self.dry_run:
@@ -230,6 +234,21 @@ class DryRunComplete(Exception):  # noqa: N818 - it ends the run as asked, nothi
     def __init__(self, report: QuantizationReport) -> None:
         super().__init__("dry run complete")
         self.report = report
+
+
+@contextmanager
+def _progress(trainer: pl.Trainer) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the layers of a search as they are done, with the time left; on the first rank, if it has a terminal."""
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, transient=True, disable=not trainer.is_global_zero) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
 
 
 def _refuse_beside_load(names: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.distributed import gather
-from lit_clipq.calibration.engine import Calibration, count_samples
+from lit_clipq.calibration.engine import Calibration, count_samples, searched_layers
 from lit_clipq.calibration.layer_search import LayerResult
 from lit_clipq.calibration.profile import Profile, profile
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Batch = Any
 Forward = Callable[[Batch], Any]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class QuantizationReport:
     memory_bytes: int
     """Predicted size of what calibration stores beside the model."""
     samples: int
-    """Calibration samples of a pass, over all ranks; for a dry run those of one batch."""
+    """Calibration samples of a pass, over all ranks."""
     layers: dict[str, LayerResult]
     """How the search of each layer went; empty for recipes that do not search."""
 
@@ -58,7 +59,7 @@ def quantize(
     forward: Forward | None = None,
     dry_run: bool = False,
     memory_limit_bytes: int | None = None,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Progress = lambda name, done, total: None,
 ) -> QuantizationReport:
     """Quantize a network in place, after training, from a few unlabelled batches.
 
@@ -68,12 +69,12 @@ def quantize(
     Args:
         model: A CLIP, called `clip` in layer names, or named networks.
         batches: Calibration batches. For a CLIP (images, texts): float (B, 3, H, W) and int64 (B, L), either may be
-            `None`. An iterator is read into memory once, anything else is iterated anew for each pass.
+            `None`. They are read into memory once, however many passes follow.
         recipe: What to do.
         forward: Runs the networks on a batch; by default both towers of the CLIP.
         dry_run: Only plan and measure; no layer is swapped.
         memory_limit_bytes: Bound on what calibration stores beside the model; `None` is no bound.
-        progress: Told the name of each layer whose search is done.
+        progress: Told the name of each layer whose search is done, how many are, and of how many.
 
     Returns:
         The report. With all widths at 32 bits nothing is touched.
@@ -94,7 +95,7 @@ def quantize(
         True
     """
     roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
-    batches = _Counted(list(batches) if iter(batches) is batches else batches)
+    batches = list(batches)
     forward = forward or _clip_forward(roots)
     started = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad():
@@ -114,9 +115,9 @@ def quantize(
         planned = plan(recipe, layers)
         cost = _measure(roots, layers, batches, forward)
         planned = planned.with_macs(cost.macs)
-        calibration = Calibration(
-            roots, layers, planned, batches, forward, cost, batches.expected(), memory_limit_bytes, progress=progress
-        )
+        samples = sum(count_samples(batch) for batch in batches)
+        calibration = Calibration(roots, layers, planned, batches, forward, cost, samples, memory_limit_bytes)
+        calibration.progress = lambda name: progress(name, len(calibration.results), len(searched_layers(calibration)))
         memory_bytes, passes = recipe.footprint(calibration)
         if not dry_run:
             _run(recipe, calibration)
@@ -128,30 +129,9 @@ def quantize(
             quantized_bytes=sum(stored_bytes(root) for root in roots.values()),
             passes=passes,
             memory_bytes=memory_bytes,
-            samples=sum(gather(batches.samples)),
+            samples=sum(gather(samples)),
             layers=calibration.results,
         )
-
-
-class _Counted:
-    """Batches that count the samples of the last pass over them."""
-
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self.batches = batches
-        self.samples = 0
-
-    def expected(self) -> int:
-        """Count the samples of a pass; an upper bound where the last batch may be smaller."""
-        if isinstance(self.batches, list):
-            return sum(count_samples(batch) for batch in self.batches)
-        first = next(iter(self.batches), None)
-        return 0 if first is None else len(self.batches) * count_samples(first)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Batch]:
-        self.samples = 0
-        for batch in self.batches:
-            self.samples += count_samples(batch)
-            yield batch
 
 
 def _run(recipe: Recipe, calibration: Calibration) -> None:

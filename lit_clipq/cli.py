@@ -29,12 +29,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the parse error as a `ConfigError`."""
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, LitClipqError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
-        raise ConfigError(_tidy(message)) from ex
+        raise _own_error(ex) or ConfigError(_tidy(message)) from ex
 
 
 class FitConfig(SaveConfigCallback):
@@ -113,8 +108,11 @@ def main(args: Sequence[str] | None = None) -> int:
     except DryRunComplete as done:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _print_plan(done.report)
-    except LitClipqError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    except Exception as error:
+        told = _own_error(error)  # the parser wraps what a constructor raises
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
 
@@ -175,6 +173,13 @@ def _print_plan(report: QuantizationReport) -> None:
         "dry run, nothing was quantized or evaluated",
         highlight=False,
     )
+
+
+def _own_error(error: BaseException | None) -> LitClipqError | None:
+    """Return the first error of this program's own in a chain of causes."""
+    while error is not None and not isinstance(error, LitClipqError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _check_neighbours() -> None:

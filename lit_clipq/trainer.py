@@ -221,6 +221,7 @@ class QuantTrainer(Trainer):
             map=report.map if report else QuantizationMap(),
             versions=versions(),
             seed=callback.seed,
+            layers={name: asdict(layer) for name, layer in report.layers.items()} if report else {},
             quantize_options=_jsonable(asdict(recipe)) if recipe else {},
         )
 

@@ -44,6 +44,8 @@ class Comparison:
     versions: dict[str, str]
     seed: int
     quantize_options: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Per layer: objective before and after the search, SQNR in dB, clipped share, seconds."""
 
     @property
     def float_macs_share(self) -> float:
@@ -69,6 +71,7 @@ class Comparison:
             "calibration_samples": self.calibration_samples,
             "float_macs_share": self.float_macs_share,
             "quantize": self.quantize_options,
+            "layers": self.layers,
             "map": self.map.to_json(),
             "versions": self.versions,
             "seed": self.seed,
@@ -116,7 +119,15 @@ def comparison_table(result: Comparison) -> RenderableType:
     table.add_row("calibration (s)", "", f"{result.calibration_seconds:.1f}", f"{result.calibration_samples} samples")
     table.add_row("float multiply-accumulates (%)", "100.00", f"{100 * result.float_macs_share:.2f}", "")
     note = "difference: quantized - float in points, with a 95 % interval from a paired bootstrap over pictures"
-    return Group(table, Text(note, style="dim"))
+    lines = [table, Text(note, style="dim")]
+    if result.layers:
+        lines.append(Text(f"lowest signal-to-noise ratio: {_worst(result.layers)}", style="dim"))
+    return Group(*lines)
+
+
+def _worst(layers: dict[str, dict[str, float]], count: int = 5) -> str:
+    names = sorted(layers, key=lambda name: layers[name]["sqnr_db"])[:count]
+    return ", ".join(f"{name} {layers[name]['sqnr_db']:.1f} dB" for name in names)
 
 
 def map_table(map_: QuantizationMap) -> RenderableType:

@@ -88,6 +88,20 @@ class LayerSearch:
             family.commit(self.chosen[name])
         return LayerResult(before, after, *self._quality(), time.perf_counter() - started)
 
+    @torch.no_grad()
+    def mean_error(self) -> Tensor:
+        """Return E[O^ - O] of each output channel, float32 (channels,), over all ranks; after `run`."""
+        channels = self.module.weight.shape[0]  # type: ignore[union-attr]
+        total = torch.zeros(channels + 1, dtype=torch.float64, device=self._device())
+        weight = self._rounded_weight()
+        for seen in self.all:
+            error = self._product(self._rounded_inputs(seen, skip=""), weight) - cast(Tensor, seen.target)
+            rows = error.movedim(self.weight_axis, -1).reshape(-1, channels)
+            total[:-1] += rows.sum(0, dtype=torch.float64)
+            total[-1] += len(rows)
+        total = _sum_over_ranks(total)
+        return (total[:-1] / total[-1].clamp(min=1)).float()
+
     def _candidates(self) -> dict[str, Candidates]:
         grid, module, found = self.options.grid, self.module, {}
         if isinstance(module, QWeighted) and module.weight_quantizer is not None:

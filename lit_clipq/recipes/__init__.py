@@ -2,7 +2,17 @@
 
 from lit_clipq.recipes.base import Recipe, make_recipe, name_of, recipe_names
 from lit_clipq.recipes.bits import BitWidths
-from lit_clipq.recipes.ptq4clip import PTQ4CLIP
+from lit_clipq.recipes.ptq4clip import PTQ4CLIP, BasePTQ, PTQ4CLIPPaper
 from lit_clipq.recipes.vanilla import Vanilla
 
-__all__ = ["PTQ4CLIP", "BitWidths", "Recipe", "Vanilla", "make_recipe", "name_of", "recipe_names"]
+__all__ = [
+    "PTQ4CLIP",
+    "BasePTQ",
+    "BitWidths",
+    "PTQ4CLIPPaper",
+    "Recipe",
+    "Vanilla",
+    "make_recipe",
+    "name_of",
+    "recipe_names",
+]

@@ -1,9 +1,9 @@
 """What a recipe is: a frozen dataclass that says what, and a registered handler that does it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from lit_clipq.calibration.engine import Calibration
 from lit_clipq.errors import CalibrationError, ConfigError
@@ -25,6 +25,16 @@ class Recipe:
     """Whether QK^T and attention x V are quantized as well."""
     embeddings: bool = False
     """Whether token embedding tables are stored as codes; they multiply nothing, but are a sixth of a CLIP."""
+
+    def why_float(self, layer: Layer) -> str:
+        """Return why this recipe leaves a layer float, or an empty text where it quantizes it."""
+        if layer.kind.name == "matmul" and not self.attention_products:
+            return "attention products are off in this recipe"
+        if layer.kind.name == "embedding":
+            if not self.embeddings:
+                return "embedding tables are off in this recipe"
+            return "positions stay float" if "position" in layer.name.rpartition(".")[2] else ""
+        return ""
 
     def footprint(self, calibration: Calibration) -> tuple[int, int]:
         """Predict (bytes stored beside the model, passes over the calibration set); by default minima and maxima.
@@ -76,7 +86,20 @@ def make_recipe(name: str, **options: Any) -> Recipe:
     unknown = sorted(set(options) - {f.name for f in fields(recipe)})
     if unknown:
         raise ConfigError(f"recipe {name!r} has no option {', '.join(unknown)}; leave it out")
-    return recipe(**options)
+    return _filled(recipe(), options)
+
+
+def _filled(default: Any, options: Mapping[str, Any]) -> Any:
+    """Return `default` with options replaced, by dictionaries within options of their own; choices are checked."""
+    hints, chosen = get_type_hints(type(default)), {}
+    for name, value in options.items():
+        if name not in hints:
+            raise ConfigError(f"{type(default).__name__} has no option {name}; expected {', '.join(hints)}")
+        if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
+            raise ConfigError(f"{name} must be one of {', '.join(get_args(hints[name]))}; got {value!r}")
+        current = getattr(default, name)
+        chosen[name] = _filled(current, value) if is_dataclass(current) and isinstance(value, Mapping) else value
+    return replace(default, **chosen)
 
 
 def name_of(recipe: Recipe) -> str:
@@ -114,10 +137,7 @@ def _entry(recipe: Recipe, layer: Layer, left_out: Mapping[str, str]) -> MapEntr
         activation_bits = FLOAT_BITS
     has_weight = layer.kind.has_weight
     reason = left_out.get(layer.name, "")
-    if not reason and layer.kind.name == "matmul" and not recipe.attention_products:
-        reason = "attention products are off in this recipe"
-    if not reason and layer.kind.name == "embedding":
-        reason = _why_table_stays_float(recipe, layer)
+    reason = reason or recipe.why_float(layer)
     if not reason and activation_bits == FLOAT_BITS and (weight_bits == FLOAT_BITS or not has_weight):
         reason = f"{layer.tower} is set to {FLOAT_BITS} bits"
     if reason:
@@ -125,9 +145,3 @@ def _entry(recipe: Recipe, layer: Layer, left_out: Mapping[str, str]) -> MapEntr
     return MapEntry(
         layer.name, layer.tower, layer.kind.name, weight_bits if has_weight else None, activation_bits, reason=reason
     )
-
-
-def _why_table_stays_float(recipe: Recipe, layer: Layer) -> str:
-    if not recipe.embeddings:
-        return "embedding tables are off in this recipe"
-    return "positions stay float" if "position" in layer.name.rpartition(".")[2] else ""

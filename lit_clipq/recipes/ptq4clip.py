@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_clipq.calibration.collect import Observations, Rows, recording
 from lit_clipq.calibration.distributed import gather, rank, world_size
@@ -18,9 +18,10 @@ from lit_clipq.calibration.objective import contrastive_cotangents, random_direc
 from lit_clipq.calibration.probe import Probe, probe
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
+from lit_clipq.functional.search import Round, coarse_to_fine
 from lit_clipq.models import has_end_token_rule, text_lengths
 from lit_clipq.nn.embedding import QEmbedding
-from lit_clipq.nn.modules import Phase, QModule
+from lit_clipq.nn.modules import Phase, QModule, QWeighted
 from lit_clipq.nn.quantizer import LogQuantizer, Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry
@@ -35,6 +36,8 @@ Cotangents = Callable[[Mapping[str, Tensor], Rows], dict[str, Tensor]]
 class PTQ4CLIP(Recipe):
     """Scales of weights and operands that minimise `sum g^2 (O^ - O)^2` of each product over the calibration set."""
 
+    embeddings: bool = True
+    """Whether token embedding tables are stored as codes, a scale for each row."""
     softmax_grid: Literal["twin", "uniform", "log2", "log_sqrt2"] = "twin"
     """Grid of attention weights."""
     gelu_grid: Literal["twin", "uniform"] = "twin"
@@ -51,6 +54,8 @@ class PTQ4CLIP(Recipe):
     """Whether positions behind a text's end token are left out of every statistic."""
     sequential: bool = False
     """Whether each layer is searched with its predecessors quantized, one after the other."""
+    bias_correction: bool = False
+    """Whether the mean error of each output channel, with float inputs in front, is taken off the bias."""
     store_bfloat16: bool = False
     """Whether operands and gradients are stored in bfloat16."""
     seed: int = 0
@@ -70,6 +75,43 @@ class PTQ4CLIP(Recipe):
         return needed, len(groups) * (2 if self.sequential else 1) + embed
 
 
+@dataclass(frozen=True)
+class PTQ4CLIPPaper(PTQ4CLIP):
+    """PTQ4CLIP on what its report quantized: the convolutions and the linear layers of the MLPs, in both towers.
+
+    Attention and the projections into the embedding stay float.
+    """
+
+    embeddings: bool = False
+    """Whether token embedding tables are stored as codes."""
+    start_token: bool = False
+    """Whether causal text towers keep the start token's keys and values as float constants."""
+
+    def why_float(self, layer: Layer) -> str:
+        """Leave everything float but convolutions and MLPs."""
+        if layer.kind.name == "conv2d" or ".mlp." in layer.name:
+            return ""
+        return super().why_float(layer) or "the report quantized convolutions and MLPs only"
+
+
+@dataclass(frozen=True)
+class BasePTQ(PTQ4CLIP):
+    """The baseline of PTQ4ViT: scales that maximise the cosine similarity of each product, uniform grids only."""
+
+    softmax_grid: Literal["twin", "uniform", "log2", "log_sqrt2"] = "uniform"
+    """Grid of attention weights."""
+    gelu_grid: Literal["twin", "uniform"] = "uniform"
+    """Grid behind GELU-like activations."""
+    start_token: bool = False
+    """Whether causal text towers keep the start token's keys and values as float constants."""
+    end_token: bool = False
+    """Whether positions behind a text's end token are left out of every statistic."""
+    search: SearchOptions = field(default_factory=lambda: SearchOptions(distance="cosine"))
+    """How grids are searched."""
+
+
+@register("base_ptq", BasePTQ)
+@register("ptq4clip_paper", PTQ4CLIPPaper)
 @register("ptq4clip", PTQ4CLIP)
 def apply(recipe: PTQ4CLIP, calibration: Calibration) -> None:
     """Probe, swap, collect, search and freeze."""
@@ -88,9 +130,23 @@ def apply(recipe: PTQ4CLIP, calibration: Calibration) -> None:
                 run.search(name, seen.pop(name, []))
     for module in modules.values():
         if isinstance(module, QEmbedding):
-            module.weight_quantizer.set_range(*extrema(module.weight.detach(), module.weight_quantizer.granularity))
+            _search_table(module, recipe.search)
         if module.phase is Phase.FLOAT:
             module.freeze()
+
+
+def _search_table(table: QEmbedding, options: SearchOptions) -> None:
+    """Search the scale of each row of a table by the squared error of the row itself."""
+    weight, quantizer = table.weight.detach(), table.weight_quantizer
+    if quantizer is None:
+        return
+    family = options.grid.of(quantizer, *extrema(weight, quantizer.granularity))
+
+    def error(index: Tensor) -> Tensor:
+        return (family.apply(weight, index) - weight).square_().sum(dim=1)
+
+    with torch.no_grad():
+        family.commit(coarse_to_fine(error, family.count, family.start, Round((10, 3, 1))))
 
 
 def _one_by_one(calibration: Calibration) -> list[list[str]]:
@@ -229,13 +285,16 @@ class _Run:
         """Run the calibration set once and return what the named layers saw."""
         modules = {name: self.calibration.modules[name] for name in names}
         text = frozenset(layer.name for layer in self.calibration.layers if layer.tower == "text" and self.text_rule)
-        with recording(
-            modules,
-            text=text,
-            averages=self.averages,
-            gradients=cotangents is not None,
-            dtype=torch.bfloat16 if self.recipe.store_bfloat16 else None,
-        ) as recorder, torch.set_grad_enabled(cotangents is not None):
+        with (
+            recording(
+                modules,
+                text=text,
+                averages=self.averages,
+                gradients=cotangents is not None,
+                dtype=torch.bfloat16 if self.recipe.store_bfloat16 else None,
+            ) as recorder,
+            torch.set_grad_enabled(cotangents is not None),
+        ):
             for batch, rows in self.batches():
                 recorder.rows = rows
                 outputs = self.calibration.forward(batch)
@@ -246,10 +305,14 @@ class _Run:
             _check_gradients(recorder.seen)
         return recorder.seen
 
-
     def search(self, name: str, seen: list[Observations]) -> None:
         """Search one layer's grids and keep its result."""
-        result = LayerSearch(self.calibration.modules[name], seen, self.recipe.search).run()
+        module = self.calibration.modules[name]
+        search = LayerSearch(module, seen, self.recipe.search)
+        result = search.run()
+        if self.recipe.bias_correction and isinstance(module, QWeighted):
+            correction = -search.mean_error().to(module.weight)
+            module.bias = nn.Parameter(correction if module.bias is None else module.bias.detach() + correction)
         self.calibration.results[name] = result
         log.info("%s: %.4g -> %.4g, %.1f dB", name, result.before, result.after, result.sqnr_db)
         self.calibration.progress(name)

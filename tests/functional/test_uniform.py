@@ -32,7 +32,9 @@ def test_values_follow_the_definition(bits, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerChannel(-1), PerToken(), PerGroup(4)])
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerChannel(-1), PerToken(), PerGroup(4)]
+)
 @pytest.mark.parametrize("bits", [2, 4, 8, 16])
 def test_codes_stay_inside_and_decode_to_the_same_bits(bits, symmetric, granularity):
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * 3
@@ -111,7 +113,9 @@ def test_the_largest_weight_clips_half_a_step_unless_restricted():
 def test_an_empty_range_becomes_zero(bound):
     scale, zero = affine_parameters(torch.tensor(-bound), torch.tensor(bound), 8, symmetric=True)
     assert math.isfinite(1 / scale.item())
-    assert fake_quantize(torch.tensor([bound]), scale, zero, -128, 127, PerTensor()).item() == pytest.approx(0, abs=1e-38)
+    assert fake_quantize(torch.tensor([bound]), scale, zero, -128, 127, PerTensor()).item() == pytest.approx(
+        0, abs=1e-38
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -42,7 +42,7 @@ def test_recipes_are_found_by_the_name_they_were_registered_under(name):
 
 
 def test_unknown_recipes_and_options_list_what_exists():
-    with pytest.raises(ConfigError, match="expected one of .*vanilla.*did you mean 'vanilla'"):
+    with pytest.raises(ConfigError, match=r"expected one of .*vanilla.*did you mean 'vanilla'"):
         make_recipe("vanila")
     with pytest.raises(ConfigError, match="has no option twin"):
         make_recipe("vanilla", twin=True)
