@@ -239,13 +239,8 @@ class DryRunComplete(Exception):  # noqa: N818 - it ends the run as asked, nothi
 @contextmanager
 def _progress(trainer: pl.Trainer) -> Iterator[Callable[[str, int, int], None]]:
     """Show the layers of a search as they are done, with the time left; on the first rank, if it has a terminal."""
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
+    described = TextColumn("{task.description}")
+    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), described)
     with Progress(*columns, transient=True, disable=not trainer.is_global_zero) as bar:
         task = bar.add_task("", total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)

@@ -59,7 +59,7 @@ def quantize(
     forward: Forward | None = None,
     dry_run: bool = False,
     memory_limit_bytes: int | None = None,
-    progress: Progress = lambda name, done, total: None,
+    progress: Progress | None = None,
 ) -> QuantizationReport:
     """Quantize a network in place, after training, from a few unlabelled batches.
 
@@ -117,7 +117,9 @@ def quantize(
         planned = planned.with_macs(cost.macs)
         samples = sum(count_samples(batch) for batch in batches)
         calibration = Calibration(roots, layers, planned, batches, forward, cost, samples, memory_limit_bytes)
-        calibration.progress = lambda name: progress(name, len(calibration.results), len(searched_layers(calibration)))
+        if progress is not None:
+            tell, total = progress, len(searched_layers(calibration))
+            calibration.progress = lambda name: tell(name, len(calibration.results), total)
         memory_bytes, passes = recipe.footprint(calibration)
         if not dry_run:
             _run(recipe, calibration)

@@ -119,7 +119,7 @@ def comparison_table(result: Comparison) -> RenderableType:
     table.add_row("calibration (s)", "", f"{result.calibration_seconds:.1f}", f"{result.calibration_samples} samples")
     table.add_row("float multiply-accumulates (%)", "100.00", f"{100 * result.float_macs_share:.2f}", "")
     note = "difference: quantized - float in points, with a 95 % interval from a paired bootstrap over pictures"
-    lines = [table, Text(note, style="dim")]
+    lines: list[RenderableType] = [table, Text(note, style="dim")]
     if result.layers:
         lines.append(Text(f"lowest signal-to-noise ratio: {_worst(result.layers)}", style="dim"))
     return Group(*lines)

@@ -43,7 +43,7 @@ class Calibration:
     memory_limit_bytes: int | None = None
     modules: dict[str, QModule] = field(default_factory=dict)
     results: dict[str, LayerResult] = field(default_factory=dict)
-    progress: Callable[[str], None] = lambda name: None
+    progress: Callable[[str], None] = lambda _: None
 
     def swap(self, build: Callable[[Layer, MapEntry], QModule]) -> dict[str, QModule]:
         """Replace the layers that the plan quantizes by `build(layer, its entry)`; returns them by name."""

@@ -23,7 +23,7 @@ class Fisher:
     """Diagonal Fisher information of the image-text softmax.
 
     With p = softmax(image @ text^T / temperature) along both axes, a class y is drawn from p for every picture and
-    every text, and `-sum log p(y)` is differentiated. The expectation of the squared gradient is the diagonal of the Fisher
+    every text, and `-sum log p(y)` is differentiated. The expected squared gradient is the diagonal of the Fisher
     information (Kunstner et al., arXiv 1905.12558); labels are not used. CLIP's own temperature of 0.01 makes p almost
     one-hot, so that few samples decide everything.
     """

@@ -1,8 +1,8 @@
 """Search over a grid of candidates, coarse to fine.
 
 The objective of a scale is almost unimodal: rounding makes it ripple, but the valley is wide. So a few widely spaced
-candidates find the valley and closer ones its bottom; early rounds make do with a sample of the data, the last one takes
-all of it but looks around the best so far only.
+candidates find the valley and closer ones its bottom; early rounds make do with a sample of the data, the last one
+takes all of it but looks around the best so far only.
 """
 
 from collections.abc import Callable
