@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lit_clipq.functional.granularity import PerTensor
+from lit_clipq.functional.granularity import PerChannel, PerTensor, PerToken
 from lit_clipq.functional.search import linear_multipliers
 from lit_clipq.functional.twin import gelu_fake_quantize, softmax_fake_quantize
-from lit_clipq.functional.uniform import fake_quantize
+from lit_clipq.functional.uniform import broadcastable, fake_quantize
 from lit_clipq.nn.quantizer import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 
 
@@ -63,11 +63,14 @@ class UniformCandidates(Candidates):
         factors = self.multipliers[index]
         if self.ties is not None:
             factors = factors[self.ties]
-        return self.scale * (factors.reshape(self.scale.shape) if self.scale.dim() else factors.squeeze(0))
+        return self.scale * factors.reshape(self.scale.shape)
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """Round to the scaled grids."""
         q = self.quantizer
+        if q.symmetric and isinstance(q.granularity, PerChannel):  # torch's fused operator would wait for the device
+            scale = broadcastable(self._scale(index), x, q.granularity)
+            return x.mul(1.0 / scale).round_().clamp_(q.qmin, q.qmax).mul_(scale)
         return fake_quantize(x, self._scale(index), self.zero_point, q.qmin, q.qmax, q.granularity)
 
     def commit(self, index: Tensor) -> None:
@@ -88,18 +91,18 @@ class SoftmaxCandidates(Candidates):
         self, quantizer: TwinSoftmaxQuantizer, count: int, *, powers_of_two: bool, device: torch.device
     ) -> None:
         self.quantizer = quantizer
-        exponents = torch.arange(-16.0, 0.0) if powers_of_two else torch.linspace(-12, 0, count)
+        exponents = torch.arange(-16.0, 1.0) if powers_of_two else torch.linspace(-12, 0, count)
         self.splits = torch.exp2(exponents).to(device)
         self.count = len(self.splits)
         self.start = torch.full((1,), int((exponents + 3).abs().argmin()), device=device)
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """Round to the twin grid with one split."""
-        return softmax_fake_quantize(x, self.splits[index[0]], self.quantizer.bits)
+        return softmax_fake_quantize(x, self.splits[index].reshape(()), self.quantizer.bits)
 
     def commit(self, index: Tensor) -> None:
         """Set the split."""
-        self.quantizer.split = self.splits[index[0]].clone()
+        self.quantizer.split = self.splits[index].reshape(())
 
 
 class GeluCandidates(Candidates):
@@ -117,9 +120,9 @@ class GeluCandidates(Candidates):
     ) -> None:
         self.quantizer = quantizer
         whole = (high.clamp(min=1e-6) / (2 ** (quantizer.bits - 1) - 1)).float()
-        negative = quantizer.negative_step.to(whole.device)
+        self.negative_step = quantizer.negative_step = quantizer.negative_step.to(whole.device)
         if powers_of_two:
-            self.steps = negative * torch.exp2(torch.arange(-8.0, 17.0, device=whole.device))
+            self.steps = self.negative_step * torch.exp2(torch.arange(-8.0, 17.0, device=whole.device))
         else:
             self.steps = whole * multipliers.to(whole.device)
         self.count = len(self.steps)
@@ -127,12 +130,11 @@ class GeluCandidates(Candidates):
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """Round to the twin grid with one positive step."""
-        step = self.steps[index[0]]
-        return gelu_fake_quantize(x, self.quantizer.negative_step.to(x.device), step, self.quantizer.bits)
+        return gelu_fake_quantize(x, self.negative_step, self.steps[index].reshape(()), self.quantizer.bits)
 
     def commit(self, index: Tensor) -> None:
         """Set the positive step."""
-        self.quantizer.positive_step = self.steps[index[0]].clone()
+        self.quantizer.positive_step = self.steps[index].reshape(())
 
 
 class Fixed(Candidates):
@@ -168,10 +170,12 @@ class CandidateGrid:
     def of(self, quantizer: Quantizer, low: Tensor, high: Tensor, ties: Tensor | None = None) -> Candidates:
         """Return the candidates for a quantizer whose operand spans [low, high]."""
         multipliers = linear_multipliers(self.count, self.low, self.high)
-        if isinstance(quantizer, UniformQuantizer) and isinstance(quantizer.granularity, PerTensor) | (low.dim() == 1):
+        if isinstance(quantizer, UniformQuantizer) and isinstance(quantizer.granularity, PerTensor | PerChannel):
             return UniformCandidates(quantizer, low, high, multipliers, ties)
         if isinstance(quantizer, TwinSoftmaxQuantizer):
             return SoftmaxCandidates(quantizer, self.count, powers_of_two=self.powers_of_two, device=low.device)
         if isinstance(quantizer, TwinGeluQuantizer):
             return GeluCandidates(quantizer, high, multipliers, powers_of_two=self.powers_of_two)
+        if isinstance(quantizer, UniformQuantizer) and not isinstance(quantizer.granularity, PerToken):
+            quantizer.set_range(low, high)
         return Fixed(quantizer, low.device)

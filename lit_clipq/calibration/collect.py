@@ -5,14 +5,17 @@ of a linear layer, pictures of a convolution, (sample, head) pairs of an attenti
 global sample number and place, the same on every rank, so that samples of the data do not depend on how it was sharded.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.nn.modules import QMatMul, QModule
+from lit_clipq.errors import CalibrationError
+from lit_clipq.nn.modules import QConv2d, QMatMul, QModule
+
+_PLACES = 2**24  # more than a sample has units
 
 
 @dataclass
@@ -22,8 +25,8 @@ class Observations:
     Attributes:
         inputs: Operands with units first: (N, in) of a linear layer, (B, C, H, W) of a convolution, (P, M, K) and
             (P, K, N) of a matrix product.
-        weight: Squared output gradients, shape of the product; `None` where none were collected.
         keys: Global number of each unit, int64.
+        weight: Squared output gradients, shape of the product; `None` where none were collected.
         target: What the product should be, if not the float product of `inputs`.
     """
 
@@ -66,7 +69,16 @@ class Rows:
 
 @dataclass
 class Recorder:
-    """Hooks on Q-modules that keep what they see; use `recording`."""
+    """Hooks on Q-modules that keep what they see; use `recording`.
+
+    Attributes:
+        dtype: Type to store in; `None` is that of the values.
+        gradients: Whether squared output gradients are kept.
+        rows: Which rows of the next batch count; set it before each forward pass.
+        seen: What each layer saw, one entry a call.
+        text: Names of the layers whose rows are positions of a text.
+        averages: Names of the products of attention weights and values.
+    """
 
     dtype: torch.dtype | None
     gradients: bool
@@ -74,19 +86,20 @@ class Recorder:
     seen: dict[str, list[Observations]] = field(default_factory=dict)
     text: frozenset[str] = frozenset()
     averages: frozenset[str] = frozenset()
+    _held: list[tuple[str, Tensor, int]] = field(default_factory=list)
 
     def watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         """Return the forward hook of layer `name`."""
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             unit = _Units(module, self.rows, name in self.text, name in self.averages)
-            record = Observations(
-                tuple(self._store(x) for x in unit.operands(inputs)), unit.keys(output).to(output.device)
-            )
+            record = Observations(tuple(self._store(x) for x in unit.operands(inputs)), unit.keys(output))
             self.seen.setdefault(name, []).append(record)
+            self._held += [(name, x, x._version) for x in record.inputs]
             if not self.gradients:
                 return None
-            tracked = output if output.requires_grad else output.detach().requires_grad_()
+            # A clone, because what follows may work in place (ReLU), and a leaf must not be changed.
+            tracked = output if output.requires_grad else output.detach().requires_grad_().clone()
 
             def keep(gradient: Tensor) -> None:
                 record.weight = self._store(unit.product(gradient.detach()).square())
@@ -95,6 +108,22 @@ class Recorder:
             return tracked
 
         return hook
+
+    def finish_batch(self) -> None:
+        """Check what was kept of a batch, after its backward pass.
+
+        A call whose output got no gradient gets zeros.
+
+        Raises:
+            CalibrationError: If an operand was changed in place after its layer had read it.
+        """
+        for name, x, version in self._held:
+            if x._version != version:
+                raise CalibrationError(
+                    f"the input of layer {name} was changed in place after the layer had read it, so what was kept "
+                    "of it is wrong; write that operation out of place or exclude the layer"
+                )
+        self._held.clear()
 
     def _store(self, x: Tensor) -> Tensor:
         return x.detach().to(self.dtype) if self.dtype is not None else x.detach()
@@ -126,6 +155,22 @@ def recording(
         yield recorder
 
 
+@contextmanager
+def without_parameter_gradients(roots: Iterable[nn.Module]) -> Iterator[None]:
+    """Let no parameter of the networks track gradients while the context is open; restore what was, however it ends.
+
+    A backward pass then computes gradients of activations only, and `.grad` of the parameters stays as it is.
+    """
+    tracking = [parameter for root in roots for parameter in root.parameters() if parameter.requires_grad]
+    try:
+        for parameter in tracking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in tracking:
+            parameter.requires_grad_(True)
+
+
 @dataclass
 class _Units:
     """How the tensors of one call are cut into units, and which of them are valid."""
@@ -140,28 +185,29 @@ class _Units:
             a, b = inputs
             if self._masked(a):
                 a, b = self._text_operands(a, b)
-            return a.flatten(0, -3), b.flatten(0, -3)
+            lead = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            return tuple(x.expand(*lead, *x.shape[-2:]).reshape(-1, *x.shape[-2:]) for x in (a, b))
         (x,) = inputs
-        return (self._linear_rows(x) if x.dim() != 4 else x,)
+        return (x if isinstance(self.module, QConv2d) else self._linear_rows(x),)
 
     def product(self, gradient: Tensor) -> Tensor:
         """Cut the gradient of the output as the output of the cut operands is shaped."""
         if isinstance(self.module, QMatMul):
             if self._masked(gradient) and self.rows.drop_start and not self.averages:
                 gradient = gradient[..., 1:]  # scores: the column of the start token is exact
-            return gradient.flatten(0, -3)
-        return self._linear_rows(gradient) if gradient.dim() != 4 else gradient
+            return gradient.reshape(-1, *gradient.shape[-2:])
+        return gradient if isinstance(self.module, QConv2d) else self._linear_rows(gradient)
 
     def keys(self, output: Tensor) -> Tensor:
-        samples = self.rows.samples.to(output.device)
-        if isinstance(self.module, QMatMul):
-            heads = output[0, ..., 0, 0].numel()
-            return (samples[:, None] * heads + torch.arange(heads, device=output.device)).flatten()
-        if output.dim() in (2, 4):
-            return samples
-        positions = torch.arange(output.shape[1], device=output.device)
-        keys = samples[:, None] * 4096 + positions
-        return keys[self._valid(output)] if self._masked(output) else keys.flatten()
+        """Number the units of the output: sample number times a constant, plus the place within the sample."""
+        if isinstance(self.module, QConv2d):
+            lead = output.shape[:1]
+        else:
+            lead = output.shape[: -2 if isinstance(self.module, QMatMul) else -1]
+        keys = _numbered(lead, self.rows.samples.to(output.device))
+        if not isinstance(self.module, QMatMul | QConv2d) and self._masked(output):
+            keys = keys[self._valid(output)]
+        return keys.reshape(-1)
 
     def _linear_rows(self, x: Tensor) -> Tensor:
         if self._masked(x):
@@ -169,7 +215,8 @@ class _Units:
         return x.reshape(-1, x.shape[-1])
 
     def _masked(self, x: Tensor) -> bool:
-        return self.text and self.rows.lengths is not None and x.dim() >= 3
+        lengths = self.rows.lengths
+        return self.text and lengths is not None and x.dim() >= 3 and len(x) == len(lengths)
 
     def _valid(self, x: Tensor) -> Tensor:
         """Return the boolean (B, L) of positions that count, for x of shape (B, L, ...)."""
@@ -194,3 +241,23 @@ class _Units:
             return (a[..., 1:], b[..., 1:, :]) if self.rows.drop_start else (a, b)
         b = b * valid.transpose(-2, -1)
         return (a, b[..., 1:]) if self.rows.drop_start else (a, b)
+
+
+def _numbered(lead: torch.Size, samples: Tensor) -> Tensor:
+    """Return a key for each unit of the leading shape, int64, of that shape.
+
+    The first axis that is as long as the batch, or a multiple of it (windows, heads beside samples), is taken for the
+    samples; units of a layer that sees none (a table of positions) are numbered by place alone.
+    """
+    total = lead.numel()
+    place = torch.arange(total, device=samples.device).reshape(lead)
+    for axis, length in enumerate(lead):
+        if len(samples) and length % len(samples) == 0:
+            shape = [1] * len(lead)
+            shape[axis] = length
+            sample = torch.arange(len(samples), device=samples.device).repeat_interleave(length // len(samples))
+            inner = place.movedim(axis, 0).reshape(length, -1)
+            inner = inner - inner[:: length // len(samples), :1].repeat_interleave(length // len(samples), 0)
+            inner = inner.reshape(length, *(n for i, n in enumerate(lead) if i != axis)).movedim(0, axis)
+            return samples[sample].reshape(shape) * _PLACES + inner
+    return place

@@ -260,4 +260,4 @@ class LogQuantizer(Quantizer):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of `codes`, same shape."""
-        return log_decode(codes, steps_per_octave=self.steps_per_octave)
+        return log_decode(codes, self.bits, steps_per_octave=self.steps_per_octave)
