@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lit_clipq.api import QuantizationReport, quantize
+from lit_clipq.api import QuantizationReport, preview, quantize
 from lit_clipq.checkpoint import Artefact, ModelIdentity, check_target, identify, read_artefact, save_quantized
 from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.recipes import BitWidths, Recipe, make_recipe
@@ -58,8 +58,8 @@ class Quantize(pl.Callback):
         vision_activation_bits: Width of activations in the image tower.
         text_weight_bits: Width of weights in the text tower.
         text_activation_bits: Width of activations in the text tower.
-        include: Shell patterns of layer names to quantize, such as `clip.visual.*`; empty means all.
-        exclude: Shell patterns of layer names to leave float.
+        include: Shell patterns of layer names to quantize, or one, such as `clip.visual.*`; empty means all.
+        exclude: Shell patterns of layer names to leave float, or one.
         attention_products: Whether QK^T and attention x V are quantized; null takes the recipe's own default.
         options: Further options of the recipe by name.
         calibration_samples: Pictures (with their texts) to calibrate on, over all devices.
@@ -83,8 +83,8 @@ class Quantize(pl.Callback):
         vision_activation_bits: int | None = None,
         text_weight_bits: int | None = None,
         text_activation_bits: int | None = None,
-        include: list[str] | None = None,
-        exclude: list[str] | None = None,
+        include: list[str] | str | None = None,
+        exclude: list[str] | str | None = None,
         attention_products: bool | None = None,
         options: dict[str, Any] | None = None,
         calibration_samples: int = 128,
@@ -119,7 +119,7 @@ class Quantize(pl.Callback):
             if attention_products is not None:
                 chosen["attention_products"] = attention_products
             self.recipe = make_recipe(
-                recipe, bits=resolved, include=tuple(include or ()), exclude=tuple(exclude or ()), **chosen
+                recipe, bits=resolved, include=_patterns(include), exclude=_patterns(exclude), **chosen
             )
         self._artefact: Artefact | None = None
         if load is not None:
@@ -129,11 +129,12 @@ class Quantize(pl.Callback):
             self._artefact = read_artefact(load)
             self.recipe = self._artefact.recipe
         self.save = None if save is None else Path(save)
-        if self.save is not None and not self.active:
-            raise ConfigError(
-                "--quantize.save keeps a quantized model, but nothing is quantized: "
-                "give --quantize.recipe and less than 32 bits, or leave out --quantize.save"
-            )
+        for flag, given in (("save", save is not None), ("dry_run", dry_run)):
+            if given and not self.active:
+                raise ConfigError(
+                    f"--quantize.{flag} was given, but nothing is quantized: "
+                    f"give --quantize.recipe and less than 32 bits, or leave out --quantize.{flag}"
+                )
         self.calibration_samples = calibration_samples
         self.calibration_batch_size = calibration_batch_size
         self.seed = seed
@@ -183,21 +184,17 @@ class Quantize(pl.Callback):
         self._apply(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.paused or not self.active or self.report is not None or self.recipe is None:
+        if not self.active or self.report is not None or self.recipe is None:
             return
         if self._artefact is not None:
-            self._load(self._artefact, pl_module)
+            if not self.paused:
+                self._load(self._artefact, pl_module)
+            return
+        batches = self._calibration_batches(trainer)
+        if self.paused:  # the float pass begins: tell now what would fail after it
+            preview(pl_module.roots(), self.recipe)
             return
         identity = _identify(pl_module) if self.save is not None and trainer.is_global_zero else None
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(datamodule, "calibration_dataloader"):
-            raise CalibrationError(
-                f"expected a datamodule with `calibration_dataloader`, got {type(datamodule).__name__}; "
-                "use one of `datamodules`"
-            )
-        batches = datamodule.calibration_dataloader(
-            samples=self.calibration_samples, batch_size=self.calibration_batch_size, seed=self.seed
-        )
 
         def forward(batch: Any) -> Any:
             return pl_module.calibration_forward(move_data_to_device(batch, pl_module.device))
@@ -217,6 +214,17 @@ class Quantize(pl.Callback):
             raise DryRunComplete(self.report)
         if self.save is not None and identity is not None:
             save_quantized(self.save, pl_module.roots(), report=self.report, recipe=self.recipe, identity=identity)
+
+    def _calibration_batches(self, trainer: pl.Trainer) -> Any:
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(datamodule, "calibration_dataloader"):
+            raise CalibrationError(
+                f"expected a datamodule with `calibration_dataloader`, got {type(datamodule).__name__}; "
+                "use one of `datamodules`"
+            )
+        return datamodule.calibration_dataloader(
+            samples=self.calibration_samples, batch_size=self.calibration_batch_size, seed=self.seed
+        )
 
     def _load(self, artefact: Artefact, pl_module: Any) -> None:
         artefact.identity.check_serves(_identify(pl_module), artefact.folder)
@@ -244,6 +252,10 @@ def _progress(trainer: pl.Trainer) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, transient=True, disable=not trainer.is_global_zero) as bar:
         task = bar.add_task("", total=None)
         yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)
+
+
+def _patterns(given: list[str] | str | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
 
 
 def _refuse_beside_load(names: list[str]) -> None:

@@ -31,6 +31,20 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: fetch it again.") from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file.
+
+    Raises:
+        DataError: The file is absent, unreadable or no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")  # str.splitlines would split at U+0085 and others
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}).") from error
+
+
 def read_coco_captions(annotations: Path, images: Path, captions_per_image: int | None = None) -> list[Picture]:
     """Read a caption file in COCO format.
 
@@ -117,12 +131,7 @@ def read_table(path: Path, images: Path, keep: Container[str] | None = None) -> 
     Raises:
         DataError: A line that has no picture or no caption, or names that leave `images`.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); expected a caption table.") from error
+    lines = read_lines(path)
     first = lines[0] if lines else ""
     split = _split_token if "\t" in first else _split_pipe if "|" in first else _split_comma
     captions: dict[str, list[str]] = defaultdict(list)

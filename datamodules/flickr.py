@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.captions import find_file, find_flickr_images, read_karpathy, read_table
+from datamodules.captions import find_file, find_flickr_images, read_karpathy, read_lines, read_table
 from datamodules.images import Picture
 from datamodules.retrieval import RetrievalDataModule
 from lit_clipq.errors import ConfigError, DataError
@@ -158,5 +158,5 @@ class _AllBut:
 
 def _names(path: Path) -> list[str]:
     """Read one picture name a line; a name without a suffix is that of a JPEG."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_lines(path)]
     return [line if Path(line).suffix else f"{line}.jpg" for line in lines if line]

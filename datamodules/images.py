@@ -124,12 +124,21 @@ def are_files(paths: Iterable[Path]) -> list[bool]:
 
 
 def list_pictures(folder: Path) -> list[Path]:
-    """Return all pictures below a folder, sorted by path. Hidden files and folders are passed over."""
+    """Return all pictures below a folder, sorted by path. Hidden files and folders are passed over.
+
+    Raises:
+        DataError: A folder that cannot be read.
+    """
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in names if is_picture_name(name)]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise DataError(f"Folder {error.filename} cannot be read ({error.strerror}).") from error
 
 
 def is_picture_name(name: str) -> bool:

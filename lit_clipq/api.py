@@ -1,5 +1,6 @@
 """The one verb: `quantize(model, batches, recipe)`."""
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, make_explicit
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.size import stored_bytes
-from lit_clipq.nn.swap import QuantizationMap, find_layers
+from lit_clipq.nn.swap import FLOAT_BITS, QuantizationMap, find_layers, towers
 from lit_clipq.recipes.base import Recipe, handler_of, name_of, plan
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def quantize(
         The report. With all widths at 32 bits nothing is touched.
 
     Raises:
-        ConfigError: For a pattern that matches nothing, or a network without quantizable layers.
+        ConfigError: For a pattern that matches nothing, or a network without layers that are to be quantized.
         ModelError: For weights that are not finite.
         CalibrationError: For an empty calibration set, layers it does not reach, NaN or Inf on the way, a memory limit
             below what is needed.
@@ -100,7 +101,7 @@ def quantize(
     started = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad():
         float_bytes = sum(stored_bytes(root) for root in roots.values())
-        if recipe.bits.all_float:
+        if all(recipe.bits.of(tower) == (FLOAT_BITS, FLOAT_BITS) for tower in towers(roots)):
             return QuantizationReport(name_of(recipe), QuantizationMap(), 0.0, float_bytes, float_bytes, 0, 0, 0, {})
         _check_weights(roots)
         for root in roots.values():
@@ -113,6 +114,8 @@ def quantize(
             hint = "it is quantized already; load it anew" if quantized else "give a network that has some"
             raise ConfigError(f"expected linear, convolution or matrix product layers in {', '.join(roots)}: {hint}")
         planned = plan(recipe, layers)
+        if not planned.quantized:
+            raise ConfigError(f"no layer is left to quantize, {planned.entries[0].name}: {planned.entries[0].reason}")
         cost = _measure(roots, layers, batches, forward)
         planned = planned.with_macs(cost.macs)
         samples = sum(count_samples(batch) for batch in batches)
@@ -134,6 +137,24 @@ def quantize(
             samples=sum(gather(samples)),
             layers=calibration.results,
         )
+
+
+def preview(model: nn.Module | Mapping[str, nn.Module], recipe: Recipe) -> QuantizationMap:
+    """Plan without touching the model or any data: which layers `quantize` would quantize, to which widths.
+
+    Args:
+        model: As for `quantize`.
+        recipe: What to do.
+
+    Raises:
+        ConfigError: For a pattern that matches nothing.
+    """
+    roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
+    with torch.inference_mode(False):
+        shells = {name: copy.deepcopy(root).to("meta").eval() for name, root in roots.items()}
+        for shell in shells.values():
+            make_explicit(shell)
+        return plan(recipe, find_layers(shells))
 
 
 def _run(recipe: Recipe, calibration: Calibration) -> None:

@@ -8,16 +8,15 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-import callbacks
-import datamodules
-from callbacks.quantize import DECIDED_BY_ARTEFACT, DryRunComplete, Quantize
 from lit_clipq.analysis.comparison import comparison_table, map_table
 from lit_clipq.api import QuantizationReport
 from lit_clipq.errors import ConfigError, LitClipqError
@@ -56,19 +55,33 @@ class ClipQuantCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--quantize.*` and `--results`."""
+        from callbacks import Quantize
+
         parser.add_lightning_class_args(Quantize, "quantize")
         parser.add_argument("--results", type=str, default="results.json", help="Where the results are written (JSON).")
         parser.link_arguments("results", "trainer.results")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a `--quantize.load` takes the place of the recipes and widths that configuration files name."""
-        super().parse_arguments(parser, args)
+        from callbacks.quantize import DECIDED_BY_ARTEFACT
+
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"a configuration file is not UTF-8 text ({error}); give YAML") from error
         options = self.config[self.config.subcommand].get("quantize")
         if options is not None and options.load is not None:
             given = {str(arg).partition("=")[0] for arg in args}
             for name in DECIDED_BY_ARTEFACT:
                 if f"--quantize.{name}" not in given:
                     options[name] = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Make the Trainer; what Lightning says about its options is this program's own kind of error."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"the options under --trainer cannot be used: {error}") from error
 
     def after_validate(self) -> None:
         """Print the comparison."""
@@ -86,11 +99,28 @@ class ClipQuantCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 1 after an error that is told in one sentence."""
+    """Run the command line; returns the exit code: 0, 1 after an error that is told in one line, 130 if interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _quieten()
     try:
         _check_neighbours()
+        _run(resolve_configs(list(sys.argv[1:] if args is None else args)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+    except Exception as error:
+        told = _told(error)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def _run(args: list[str]) -> None:
+    from callbacks.quantize import DryRunComplete  # not before it is known to be this project's
+
+    try:
         ClipQuantCLI(
             LightningModule,
             LightningDataModule,
@@ -103,18 +133,11 @@ def main(args: Sequence[str] | None = None) -> int:
             seed_everything_default=False,
             auto_configure_optimizers=False,
             parser_class=Parser,
-            args=resolve_configs(list(sys.argv[1:] if args is None else args)),
+            args=args,
         )
     except DryRunComplete as done:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _print_plan(done.report)
-    except Exception as error:
-        told = _own_error(error)  # the parser wraps what a constructor raises
-        if told is None:
-            raise
-        print(f"error: {told}", file=sys.stderr)  # noqa: T201
-        return 1
-    return 0
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:
@@ -175,6 +198,17 @@ def _print_plan(report: QuantizationReport) -> None:
     )
 
 
+def _told(error: Exception) -> str | None:
+    """Say in one line what a user can do something about; `None` for a fault of the program."""
+    own = _own_error(error)  # the parser wraps what a constructor raises
+    if own is None and not isinstance(error, OSError | MisconfigurationException):
+        return None
+    message = str(own or error).strip()
+    if "\nOriginal Traceback" in message:  # a worker of a DataLoader puts its traceback into the message
+        message = message.splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
+
+
 def _own_error(error: BaseException | None) -> LitClipqError | None:
     """Return the first error of this program's own in a chain of causes."""
     while error is not None and not isinstance(error, LitClipqError):
@@ -189,11 +223,13 @@ def _check_neighbours() -> None:
         ConfigError: If another package of that name comes first on the import path.
     """
     expected = Path(__file__).resolve().parents[1]
-    for module in (callbacks, datamodules):
-        found = Path(str(module.__file__)).resolve().parents[1]
+    for name in ("callbacks", "datamodules"):
+        spec = find_spec(name)
+        places = list(spec.submodule_search_locations or [str(spec.origin)]) if spec is not None else ["nowhere"]
+        found = Path(places[0]).resolve().parent
         if found != expected:
             raise ConfigError(
-                f"`{module.__name__}` was imported from {found}, expected {expected}: another package shadows it; "
+                f"`{name}` was imported from {found}, expected {expected}: another package shadows it; "
                 "rename that one or run from another folder"
             )
 

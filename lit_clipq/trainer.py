@@ -5,6 +5,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe, name_of
 
 log = logging.getLogger(__name__)
+_FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
 _PACKAGES = ("lit-clipq", "torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "timm")
 
 
@@ -144,6 +147,11 @@ class QuantTrainer(Trainer):
 
         if callback is None or not compared or (callback.dry_run and callback.active):
             return run()
+        if callback.report is not None:
+            raise ConfigError(
+                "this network was quantized by an earlier run and cannot be measured in float any more; "
+                "make a new task and a new Trainer"
+            )
         if self.is_global_zero:
             _check_writable(Path(self.results))
         callback.preflight(self, model, weights_are_final=ckpt_path is None)
@@ -162,7 +170,7 @@ class QuantTrainer(Trainer):
         self, run: Callable[[], Any], callback: Quantizing, model: Any, datamodule: Any, ckpt_path: str | Path | None
     ) -> Measurement:
         cache = self._cache_file(model, datamodule, ckpt_path)
-        if cache is not None and (found := _read_measurement(cache)) is not None:
+        if cache is not None and (found := self._remembered(cache)) is not None:
             log.info("float measurement read from %s", cache)
             return found
         callback.paused = True
@@ -172,15 +180,32 @@ class QuantTrainer(Trainer):
             callback.paused = False
         measured = _measurement(model, datamodule)
         if cache is not None and self.is_global_zero:
-            write_json(cache, asdict(measured))
+            try:
+                write_json(cache, asdict(measured))
+            except OSError as error:
+                log.warning("the float measurement is not remembered: %s", error)
         return measured
+
+    def _remembered(self, cache: Path) -> Measurement | None:
+        """Read a remembered measurement; all ranks find it or none does, although another run may write it now."""
+        if not self.is_global_zero and os.environ.get(_FLOAT_LOOP) == "run":
+            return None
+        found = _read_measurement(cache)
+        if self.is_global_zero:
+            os.environ[_FLOAT_LOOP] = "run" if found is None else "skip"
+        elif found is None:
+            raise ConfigError(f"the float measurement {cache} vanished while the run was starting; start it again")
+        return found
 
     def _cache_file(self, model: Any, datamodule: Any, ckpt_path: str | Path | None) -> Path | None:
         """Name the file of this float measurement; `None` where it cannot be trusted to be the same.
 
-        Ranks on other machines may see another cache folder, and all ranks must take the same way.
+        Ranks on other machines may see another cache folder, those that another program started (torchrun) another
+        moment of it, and all ranks must take the same way.
         """
-        if not self.float_cache or self.num_nodes > 1 or not hasattr(datamodule, "fingerprint"):
+        environment = getattr(self.strategy, "cluster_environment", None)
+        apart = self.world_size > 1 and (environment is None or environment.creates_processes_externally)
+        if not self.float_cache or self.num_nodes > 1 or apart or not hasattr(datamodule, "fingerprint"):
             return None
         datamodule.preprocessing = model.preprocessing
         datamodule.prepare_data()
@@ -280,9 +305,7 @@ def _check_writable(path: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"results cannot be written to {path}: {error}; give another --results") from error
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_clipq.api import quantize
+from lit_clipq.api import preview, quantize
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QModule
@@ -149,3 +149,28 @@ def test_it_works_inside_inference_mode(net, batches):
         run(net, batches)
     assert not any(p.is_inference() for p in net.parameters())
     assert net(batches[0]).requires_grad
+
+
+def test_towers_at_32_bits_each_touch_nothing(net, batches):
+    bits = BitWidths.resolve({"vision_bits": 32, "text_bits": 32})
+    assert not bits.all_float  # other networks would have 8 bits
+    clip = nn.ModuleDict({"visual": net})
+    before = {name: type(module) for name, module in clip.named_modules()}
+    report = quantize({"clip": clip}, batches, Vanilla(bits=bits), forward=net)
+    assert {name: type(module) for name, module in clip.named_modules()} == before
+    assert report.map.entries == ()
+
+
+def test_a_recipe_that_leaves_every_layer_float_is_refused(net, batches):
+    with pytest.raises(ConfigError, match=r"no layer is left to quantize, net\.conv: excluded by '\*'"):
+        run(net, batches, Vanilla(exclude=("*",)))
+
+
+def test_a_preview_plans_without_touching_the_network(net):
+    before = {name: type(module) for name, module in net.named_modules()}
+    planned = preview({"net": net}, Vanilla(attention_products=True))
+    assert [entry.name for entry in planned.quantized] == ["net.conv", "net.product", "net.linear"]
+    assert {name: type(module) for name, module in net.named_modules()} == before
+    assert not any(p.is_meta for p in net.parameters())
+    with pytest.raises(ConfigError, match="matches none"):
+        preview({"net": net}, Vanilla(include=("visual",)))

@@ -1,14 +1,20 @@
 """The command line, run as a user runs it, on a few pictures of the mini world."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from callbacks import Quantize
+from datamodules import MiniRetrieval
 from lit_clipq.cli import find_config, main, resolve_configs
-from lit_clipq.errors import ConfigError
+from lit_clipq.errors import ConfigError, DataError
+from lit_clipq.tasks import Retrieval
+from lit_clipq.trainer import QuantTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = ["--data.limit", "60", "--quantize.calibration_samples", "32"]
@@ -118,6 +124,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
         (("--quantize.bits", "1"), "bits must be 2 to 16"),
         (("--quantize.vision_bits", "4", "--quantize.weight_bits", "8"), "decide with vision_weight_bits"),
         (("--quantize.include", "[visual.*]"), "matches none of the"),
+        (("--quantize.include", "visual.*"), "pattern 'visual.*' matches none of the"),
+        (("--quantize.exclude", "*"), "no layer is left to quantize"),
+        (("--quantize.dry_run", "true", "--quantize.bits", "32"), "dry_run was given, but nothing is quantized"),
+        (("--trainer.accelerator", "abacus"), "abacus"),
+        (("--trainer.devices", "0"), "devices"),
+        (("--ckpt_path", "/nowhere/last.ckpt"), "/nowhere/last.ckpt"),
         (("--quantize.calibration_samples", "0"), "calibration_samples must be at least 1, got 0"),
         (("--model.name", "ViT-B-23"), "ViT-B-32"),
         (("--model.pretrained", "/nowhere/weights.pt"), "/nowhere/weights.pt"),
@@ -179,3 +191,80 @@ def test_the_console_script_ends_with_code_1_and_no_traceback(tmp_path):
     assert "Traceback" not in result.stderr
     assert str(tmp_path / "absent") in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_is_no_text_is_refused(capsys, tmp_path):
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8 text" in refused(capsys, "--config", str(path))
+
+
+def test_a_task_without_training_cannot_be_fitted(capsys):
+    assert main(["fit", "--config", "mini/retrieval", "--data.limit", "8"]) == 1
+    assert "training_step" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interruption_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datamodules.mini.ensure_world", interrupted)
+    assert main(["validate", "--config", "mini/retrieval", *LIMIT]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+def test_an_error_in_a_loading_process_is_told_without_its_traceback(capsys, monkeypatch):
+    def broken(path):
+        raise DataError(f"Picture {path} cannot be decoded.")
+
+    monkeypatch.setattr("datamodules.images.load_rgb", broken)  # damaged after the check, seen by a forked worker
+    line = refused(capsys, "--trainer.float_cache", "false", "--data.num_workers", "1")
+    assert re.fullmatch(r"error: Picture \S+ cannot be decoded\.", line)
+
+
+def test_a_cache_that_cannot_be_written_costs_no_results(tmp_path, cache_folder, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lit_clipq.trainer.cache_dir", lambda: tmp_path / "file")
+    assert validate(tmp_path)["metrics"]["float"]
+
+
+@pytest.mark.parametrize(("decided", "expected"), [("run", None), ("skip", "vanished")])
+def test_later_ranks_do_as_the_first_decided(tmp_path, monkeypatch, decided, expected):
+    """Another run may write or remove the remembered measurement while the processes start."""
+    monkeypatch.setenv("LIT_CLIPQ_FLOAT_LOOP", decided)
+    monkeypatch.setattr(QuantTrainer, "is_global_zero", property(lambda _: False))
+    trainer = QuantTrainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    path = tmp_path / "float.json"
+    if expected:
+        with pytest.raises(ConfigError, match=expected):
+            trainer._remembered(path)
+    else:
+        path.write_text('{"metrics": {}, "scores": {}, "samples": {}}')
+        assert trainer._remembered(path) is None
+
+
+def test_a_network_that_is_quantized_is_not_measured_as_float(tmp_path):
+    task = Retrieval("mini-vit", "mini")
+    callback = Quantize(recipe="vanilla", calibration_samples=8)
+    options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "use_distributed_sampler": False}
+    trainer = QuantTrainer(**options, callbacks=[callback], results=str(tmp_path / "results.json"))
+    trainer.validate(task, datamodule=MiniRetrieval(limit=20))
+    with pytest.raises(ConfigError, match="quantized by an earlier run"):
+        trainer.validate(task, datamodule=MiniRetrieval(limit=20))
+
+
+@pytest.mark.parametrize("name", ["callbacks", "datamodules"])
+def test_a_package_that_shadows_ours_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("")
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_clipq.cli", "validate", "--config", "mini/retrieval"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert f"error: `{name}` was imported from {tmp_path}, expected {ROOT}" in result.stderr

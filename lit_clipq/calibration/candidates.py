@@ -115,9 +115,7 @@ class GeluCandidates(Candidates):
         powers_of_two: Only positive steps that are 2^m times the negative one.
     """
 
-    def __init__(
-        self, quantizer: TwinGeluQuantizer, high: Tensor, multipliers: Tensor, *, powers_of_two: bool
-    ) -> None:
+    def __init__(self, quantizer: TwinGeluQuantizer, high: Tensor, multipliers: Tensor, *, powers_of_two: bool) -> None:
         self.quantizer = quantizer
         whole = (high.clamp(min=1e-6) / (2 ** (quantizer.bits - 1) - 1)).float()
         self.negative_step = quantizer.negative_step = quantizer.negative_step.to(whole.device)

@@ -115,9 +115,7 @@ class LayerSearch:
                 low = torch.stack([low[ties == i].min() for i in range(int(ties.max()) + 1)])[ties]
                 high = torch.stack([high[ties == i].max() for i in range(int(ties.max()) + 1)])[ties]
             found["weight"] = grid.of(quantizer, low, high, ties)
-        for i, (name, quantizer) in enumerate(
-            (name, module.operand_quantizers.get(name)) for name in module.operands
-        ):
+        for i, (name, quantizer) in enumerate((name, module.operand_quantizers.get(name)) for name in module.operands):
             if quantizer is not None:
                 low, high = self._range(i)
                 found[name] = grid.of(quantizer, low, high)

@@ -32,9 +32,7 @@ class Probe:
     averages: set[str] = field(default_factory=set)
 
 
-def probe(
-    roots: Mapping[str, nn.Module], layers: Iterable[Layer], forward: Callable[[Any], Any], batch: Any
-) -> Probe:
+def probe(roots: Mapping[str, nn.Module], layers: Iterable[Layer], forward: Callable[[Any], Any], batch: Any) -> Probe:
     """Run one batch and look at what reaches each layer.
 
     Args:
@@ -67,9 +65,9 @@ def probe(
     with ExitStack() as stack, torch.no_grad():
         for root in roots.values():
             for module in root.modules():
-                if not any(True for _ in module.children()) and not any(True for _ in module.parameters()):
-                    if not isinstance(module, nn.Identity | nn.Dropout | MatMul):
-                        stack.callback(module.register_forward_hook(remember).remove)
+                plain = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+                if plain and not isinstance(module, nn.Identity | nn.Dropout | MatMul):
+                    stack.callback(module.register_forward_hook(remember).remove)
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(look(layer)).remove)
         forward(batch)

@@ -289,19 +289,29 @@ def ensure_world(root: Path | None = None, preset: str = "small", workers: int =
 
     Raises:
         ConfigError: an unknown preset.
-        DataError: the folder holds something else, or this machine draws other pixels than recorded.
+        DataError: the folder cannot be written or holds something else, or this machine draws other pixels than
+            recorded.
     """
     folder = world_folder(root, preset)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / f".{preset}.lock"):
-        if not folder.exists():
-            _create(folder, preset, workers)
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.parent / f".{preset}.lock"):
+                if not folder.exists():
+                    _create(folder, preset, workers)
+        except OSError as error:
+            raise DataError(
+                f"the mini world '{preset}' cannot be written to {folder} ({error}); "
+                "give another --data.root, or another cache folder in LIT_CLIPQ_CACHE."
+            ) from error
     _check(folder, preset)
     return folder
 
 
 def _create(folder: Path, preset: str, workers: int) -> None:
     logger.info("writing the mini world '%s' to %s", preset, folder)
+    for killed in folder.parent.glob(f".{preset}-*"):  # nobody else writes here while the lock is held
+        shutil.rmtree(killed, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{preset}-", dir=folder.parent))
     try:
         digest = write_world(temporary, preset, workers)

@@ -148,10 +148,13 @@ def _read_json(name: str, path: Path) -> ModelConfig:
         raise ModelError(f"model configuration {path} is not readable JSON: {error}") from error
     content = content if isinstance(content, dict) else {}
     model = content.get("model_cfg", content)
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model]
+    model = model if isinstance(model, dict) else {}
+    wanted = (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict))
+    missing = [key for key, kind in wanted if not isinstance(model.get(key), kind)]
     if missing:
         raise ModelError(
-            f"model configuration {path} lacks {', '.join(missing)}; expected an open_clip model configuration"
+            f"model configuration {path} lacks {', '.join(missing)} of the right kind; expected an "
+            "open_clip model configuration"
         )
     _make_bpe_path_absolute(model["text_cfg"], path)
     return ModelConfig(name, None, model, content.get("preprocess_cfg", {}) if "model_cfg" in content else {})

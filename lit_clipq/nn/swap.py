@@ -96,6 +96,11 @@ def find_layers(roots: Mapping[str, nn.Module]) -> list[Layer]:
     return found
 
 
+def towers(roots: Iterable[str]) -> set[str]:
+    """Name the towers of named roots."""
+    return {tower for root in roots for tower in (("vision", "text") if root == "clip" else (root,))}
+
+
 def _tower(root: str, name: str) -> str:
     if root != "clip":
         return root

@@ -67,6 +67,8 @@ class ContrastiveTask(LightningModule):
         learning_rate: at the end of the warm-up.
         weight_decay: of AdamW, on parameters with two axes or more.
         warmup_steps: optimizer steps of linear warm-up.
+        schedule_steps: optimizer steps after which the cosine reaches zero; None for the length of the run. A run may
+            end before.
         export: where the trained weights go as fp16 safetensors after the last step; None for nowhere.
     """
 
@@ -77,13 +79,14 @@ class ContrastiveTask(LightningModule):
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
         warmup_steps: int = 200,
+        schedule_steps: int | None = None,
         export: str | None = None,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0 or warmup_steps < 0:
+        if learning_rate <= 0 or warmup_steps < 0 or (schedule_steps is not None and schedule_steps < 1):
             raise ConfigError(
-                f"expected learning_rate > 0 and warmup_steps >= 0, got {learning_rate} and {warmup_steps}; "
-                "correct --model.learning_rate or --model.warmup_steps."
+                f"expected learning_rate > 0, warmup_steps >= 0 and schedule_steps >= 1 or null, got {learning_rate}, "
+                f"{warmup_steps} and {schedule_steps}; correct them under --model."
             )
         self.save_hyperparameters()
         loaded = load_clip(name, pretrained)
@@ -92,6 +95,7 @@ class ContrastiveTask(LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.schedule_steps = schedule_steps
         self.export = export
         self._embedded: list[tuple[Tensor, Tensor]] = []
 
@@ -145,7 +149,7 @@ class ContrastiveTask(LightningModule):
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), eps=1e-6)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.schedule_steps or int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps
 
         def factor(step: int) -> float:

@@ -84,3 +84,17 @@ def test_flickr8k_test_split(tmp_path, preprocessing, draw):
     assert len(data._pool) == 3
     with pytest.raises(ConfigError, match="split"):
         Flickr8kRetrieval(str(tmp_path), split="train")
+
+
+def test_a_list_of_test_pictures_that_is_no_text_is_named(tmp_path, preprocessing):
+    (tmp_path / "Flickr8k.token.txt").write_text("0.jpg#0\tpicture\n")
+    (tmp_path / "Flickr_8k.testImages.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"testImages\.txt is not UTF-8 text"):
+        ready(Flickr8kRetrieval(str(tmp_path), split="test"), preprocessing)
+
+
+def test_only_line_ends_end_a_caption(tmp_path, draw):
+    draw(tmp_path / "images" / "0.jpg", 0)
+    (tmp_path / "captions.txt").write_bytes("image,caption\r\n0.jpg,one\u0085line\u2028only\r\n".encode())
+    (picture,) = Flickr8kRetrieval(str(tmp_path)).read_evaluation()
+    assert picture.captions == ("one\u0085line\u2028only",)

@@ -134,3 +134,18 @@ def test_twins_are_found_by_identity_and_content(tmp_path, draw):
     index = ContentIndex([original])
     assert original.stat().st_size == other.stat().st_size
     assert [index.twin(path) for path in (copy, link, other)] == [original, original, None]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, draw, monkeypatch):
+    draw(tmp_path / "open" / "a.jpg", 1)
+    draw(tmp_path / "shut" / "b.jpg", 2)
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "shut":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"shut cannot be read \(Permission denied\)"):
+        list_pictures(tmp_path)

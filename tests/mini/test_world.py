@@ -121,7 +121,7 @@ def test_several_workers_write_the_same_world(tiny, monkeypatch):
 
 def test_nothing_is_left_of_a_world_that_could_not_be_finished(tiny, monkeypatch):
     monkeypatch.setattr(module, "_write_json", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match=r"cannot be written to .*disk full"):
         ensure_world(tiny, "tiny")
     assert [p.name for p in tiny.iterdir()] == [".tiny.lock"]
 
@@ -152,3 +152,23 @@ def test_a_damaged_world_is_named(tiny, damage):
 def test_unknown_presets_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="small, full, train"):
         world_folder(tmp_path, "huge")
+
+
+def test_what_a_killed_process_left_is_removed(tiny):
+    (tiny / ".tiny-killed" / "images").mkdir(parents=True)
+    (tiny / ".other-killed").mkdir()
+    ensure_world(tiny, "tiny")
+    assert sorted(p.name for p in tiny.iterdir()) == [".other-killed", ".tiny.lock", "tiny"]
+
+
+def test_a_written_world_needs_no_lock(tiny):
+    ensure_world(tiny, "tiny")
+    (tiny / ".tiny.lock").unlink()
+    ensure_world(tiny, "tiny")
+    assert [p.name for p in tiny.iterdir()] == ["tiny"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"file/small.*LIT_CLIPQ_CACHE"):
+        ensure_world(tmp_path / "file", "small")

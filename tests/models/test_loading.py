@@ -221,7 +221,13 @@ def test_mini_weights_belong_to_mini_models():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not readable JSON"), ("[1]", "lacks embed_dim"), ('{"embed_dim": 3, "vision_cfg": {}}', "lacks text_cfg")],
+    [
+        ("{", "not readable JSON"),
+        ("[1]", "lacks embed_dim"),
+        ('{"embed_dim": 3, "vision_cfg": {}}', "lacks text_cfg"),
+        ('{"embed_dim": 3, "vision_cfg": {}, "text_cfg": []}', "lacks text_cfg"),
+        ('{"model_cfg": 3}', "lacks embed_dim"),
+    ],
 )
 def test_bad_configuration_files_are_named(tmp_path, content, message):
     path = tmp_path / "bad.json"
