@@ -91,7 +91,7 @@ class LayerSearch:
     @torch.no_grad()
     def mean_error(self) -> Tensor:
         """Return E[O^ - O] of each output channel, float32 (channels,), over all ranks; after `run`."""
-        channels = self.module.weight.shape[0]  # type: ignore[union-attr]
+        channels = cast(QWeighted, self.module).weight.shape[0]
         total = torch.zeros(channels + 1, dtype=torch.float64, device=self._device())
         weight = self._rounded_weight()
         for seen in self.all:
@@ -115,10 +115,10 @@ class LayerSearch:
                 low = torch.stack([low[ties == i].min() for i in range(int(ties.max()) + 1)])[ties]
                 high = torch.stack([high[ties == i].max() for i in range(int(ties.max()) + 1)])[ties]
             found["weight"] = grid.of(quantizer, low, high, ties)
-        for i, (name, quantizer) in enumerate((name, module.operand_quantizers.get(name)) for name in module.operands):
-            if quantizer is not None:
+        for i, name in enumerate(module.operands):
+            if name in module.operand_quantizers:
                 low, high = self._range(i)
-                found[name] = grid.of(quantizer, low, high)
+                found[name] = grid.of(module.operand_quantizers[name], low, high)
         return found
 
     def _range(self, operand: int) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ class LayerSearch:
         family = self.candidates.get(name)
         channels = family.channels if family is not None else 1
         if name == "weight" and family is not None and index is not None:
-            weight = family.apply(self.module.weight.detach(), index)  # type: ignore[union-attr]
+            weight = family.apply(cast(QWeighted, self.module).weight.detach(), index)
         elif weight is None:
             weight = self._rounded_weight()
         total = torch.zeros(channels, dtype=torch.float64, device=self._device())
