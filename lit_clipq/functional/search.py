@@ -42,35 +42,22 @@ COARSE_TO_FINE = (Round((10, 3, 1), None, 8, alone=True), Round((3, 1), 9, 4), R
 
 
 def linear_multipliers(count: int, low: float = 0.01, high: float = 1.2) -> Tensor:
-    """Return `count` factors from `low` to `high`, both included, float32; the one nearest to 1 is 1 exactly.
-
-    So the min-max grid itself is a candidate, and a search from there never ends behind it.
-
-    Example:
-        >>> factors = linear_multipliers(100)
-        >>> round(factors[0].item(), 4), factors[82].item(), round(factors[-1].item(), 4)
-        (0.01, 1.0, 1.2)
-    """
-    factors = torch.linspace(low, high, count)
-    if low <= 1 <= high:
-        factors[(factors - 1).abs().argmin()] = 1
-    return factors
+    """Return `count` factors from `low` to `high`, both included, float32."""
+    return torch.linspace(low, high, count)
 
 
 def coarse_to_fine(evaluate: Evaluate, count: int, start: Tensor, round_: Round) -> Tensor:
     """Find the best candidate of each of C independent problems.
 
-    Nothing is read back from the device: a decision is a few tensor operations on the losses of a whole spacing.
-
     Args:
-        evaluate: Maps M candidates of each problem, int64 (M, C), to their losses (M, C). Under several ranks it
-            returns the sum over ranks, so that all of them decide alike.
+        evaluate: Maps candidate indices int64 (C,) to losses (C,). Under several ranks it returns the sum over ranks,
+            so that all of them decide alike.
         count: Number of candidates.
         start: Indices to begin from, int64 (C,); the result has no larger loss than they.
         round_: Spacings and reach.
 
     Returns:
-        Indices int64 (C,). Of equal losses the start wins, then the smallest index of the coarsest spacing.
+        Indices int64 (C,).
 
     Example:
         >>> target = torch.tensor([3, 77])
@@ -78,24 +65,18 @@ def coarse_to_fine(evaluate: Evaluate, count: int, start: Tensor, round_: Round)
         >>> coarse_to_fine(parabola, 100, torch.tensor([50, 50]), Round((10, 3, 1))).tolist()
         [3, 77]
     """
-    best, loss = start, None
+    best, loss = start.clone(), evaluate(start)
     reach = round_.reach
     for step in round_.steps:
         if reach is None:
-            grid = torch.tensor(_covering(count, step), device=best.device)
-            offers = grid[:, None].expand(-1, len(best))
+            offers = [torch.full_like(best, i) for i in _covering(count, step)]
         else:
             around = [o for o in range(-reach, reach + 1) if o % step == 0 and o != 0]
-            offsets = torch.tensor(around, dtype=torch.int64, device=best.device)
-            offers = (best + offsets[:, None]).clamp(0, count - 1)
-        if loss is None:
-            offers = torch.cat([best[None], offers])
-            losses = evaluate(offers)
-        else:
-            losses = torch.cat([loss[None], evaluate(offers)])
-            offers = torch.cat([best[None], offers])
-        first = losses.argmin(dim=0, keepdim=True)  # of equal ones the first
-        best, loss = offers.gather(0, first)[0], losses.gather(0, first)[0]
+            offers = [(best + o).clamp(0, count - 1) for o in around]
+        for offer in offers:
+            new = evaluate(offer)
+            better = new < loss
+            best, loss = torch.where(better, offer, best), torch.where(better, new, loss)
         reach = step - 1
     return best
 

@@ -143,7 +143,7 @@ def _search_table(table: QEmbedding, options: SearchOptions) -> None:
     family = options.grid.of(quantizer, *extrema(weight, quantizer.granularity))
 
     def error(index: Tensor) -> Tensor:
-        return torch.stack([(family.apply(weight, row) - weight).square_().sum(dim=1) for row in index])
+        return (family.apply(weight, index) - weight).square_().sum(dim=1)
 
     with torch.no_grad():
         family.commit(coarse_to_fine(error, family.count, family.start, Round((10, 3, 1))))
