@@ -174,10 +174,12 @@ def _keep_start_tokens(calibration: Calibration) -> None:
             stack.callback(hook.remove)
         if products and first is not None:
             calibration.forward(first)
-    shared = next((c for c in gather({n: m.constant for n, m in products.items() if m.constant is not None}) if c), {})
+    own = {name: module.constant.cpu() for name, module in products.items() if module.constant is not None}
+    shared = next((constants for constants in gather(own) if constants), {})  # of the first rank that has a text
     for name, module in products.items():
-        if module.constant is None and name in shared:
-            module.constant = shared[name]
+        if name in shared:
+            device = module.constant.device if module.constant is not None else None
+            module.constant = shared[name].to(device or next(calibration.roots["clip"].parameters()).device)
 
 
 def _text_rule(calibration: Calibration) -> bool:

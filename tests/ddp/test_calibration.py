@@ -1,0 +1,40 @@
+"""Two processes calibrate like one."""
+
+import pytest
+import torch
+
+from lit_clipq.api import quantize
+from lit_clipq.models import load_clip
+from lit_clipq.recipes import PTQ4CLIP, BitWidths, Vanilla
+from tests.ddp.processes import run_processes
+
+RECIPES = {
+    "vanilla": Vanilla(bits=BitWidths.resolve({"bits": 6}), attention_products=True),
+    "gauss_newton": PTQ4CLIP(bits=BitWidths.resolve({"bits": 4})),
+    "fisher": PTQ4CLIP(bits=BitWidths.resolve({"bits": 4}), objective="fisher"),
+}
+TEXTS = ["a red star", "two blue cups on sand", "a big green tree left of a small black house", "a fish", "three keys"]
+
+
+def calibrate(rank: int, world_size: int, name: str) -> tuple[dict[str, torch.Tensor], dict[str, tuple[float, float]]]:
+    clip = load_clip("mini-vit", "mini")
+    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))[rank::world_size]
+    texts = clip.preprocessing.tokenizer(TEXTS)[rank::world_size]
+    report = quantize(clip.model, [(images, texts)], RECIPES[name])
+    return clip.model.state_dict(), {name: (r.before, r.after) for name, r in report.layers.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_take_the_scales_of_one(name):
+    (first, layers), (second, others) = run_processes(calibrate, 2, name, world_size=2)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert layers == others
+    alone, expected = calibrate(0, 1, name)
+    assert layers.keys() == expected.keys()
+    for layer, (before, after) in layers.items():
+        # the operands themselves differ by float32 rounding: a batch of another shape takes other matrix kernels
+        assert before == pytest.approx(expected[layer][0], rel=1e-5)
+        assert after == pytest.approx(expected[layer][1], rel=1e-5)
+    if name == "vanilla":
+        scales = [key for key in first if key.endswith("scale")]
+        assert all(torch.allclose(first[key], alone[key], rtol=1e-5) for key in scales)
