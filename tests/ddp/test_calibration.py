@@ -37,4 +37,4 @@ def test_two_processes_take_the_scales_of_one(name):
         assert after == pytest.approx(expected[layer][1], rel=1e-5)
     if name == "vanilla":
         scales = [key for key in first if key.endswith("scale")]
-        assert all(torch.allclose(first[key], alone[key], rtol=1e-5) for key in scales)
+        assert all(torch.allclose(first[key], alone[key], rtol=1e-4) for key in scales)
