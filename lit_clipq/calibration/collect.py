@@ -171,6 +171,18 @@ def without_parameter_gradients(roots: Iterable[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def valid_operands(module: QModule, inputs: tuple[Tensor, ...], rows: Rows, *, averages: bool) -> tuple[Tensor, ...]:
+    """Return the operands of one call in the text tower without what lies behind the end of a text.
+
+    Args:
+        module: The Q-module that is called.
+        inputs: Its inputs.
+        rows: Lengths of the texts of the batch; without them everything is valid.
+        averages: Whether the module is the product of attention weights and values.
+    """
+    return _Units(module, rows, text=True, averages=averages).operands(inputs) if rows.lengths is not None else inputs
+
+
 @dataclass
 class _Units:
     """How the tensors of one call are cut into units, and which of them are valid."""

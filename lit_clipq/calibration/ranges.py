@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lit_clipq.calibration.collect import Rows, valid_operands
 from lit_clipq.calibration.distributed import gather
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerToken, extrema
@@ -18,19 +19,33 @@ if TYPE_CHECKING:
 Ranges = dict[tuple[str, str], tuple[Tensor, Tensor]]
 
 
-def collect_ranges(modules: Mapping[str, QModule], calibration: "Calibration") -> Ranges:
+def collect_ranges(
+    modules: Mapping[str, QModule],
+    calibration: "Calibration",
+    text_lengths: Callable[[Any], Tensor | None] = lambda _: None,
+) -> Ranges:
     """Run the calibration batches and return {(layer, operand): (minimum, maximum)} over all ranks.
 
     Each has the scale shape of the operand's quantizer, on the layer's device. The hooks are removed however this
     ends. `PerToken` operands have no entry: they need no calibration.
 
+    Args:
+        modules: Layers by name.
+        calibration: Batches and how to run them.
+        text_lengths: Maps a batch to the valid positions of each text, int64 (B,), or `None` where all are; what the
+            text tower computes behind them is left out.
+
     Raises:
         CalibrationError: If a layer saw NaN or Inf, or no batch on any rank; names the layer.
     """
     own: Ranges = {}
+    rows = Rows(torch.zeros(0, dtype=torch.int64))
+    text = {layer.name for layer in calibration.layers if layer.tower == "text"}
 
     def watch(name: str, module: QModule) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name in text:
+                inputs = valid_operands(module, inputs, rows, averages=name.endswith(".av"))
             for operand, quantizer in module.operand_quantizers.items():
                 if not isinstance(quantizer.granularity, PerToken):
                     x = inputs[module.operands.index(operand)].detach()
@@ -42,6 +57,7 @@ def collect_ranges(modules: Mapping[str, QModule], calibration: "Calibration") -
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(watch(name, module)).remove)
         for batch in calibration.batches:
+            rows.lengths = text_lengths(batch)
             calibration.forward(batch)
     merged = _merge(own)
     _check(modules, merged)

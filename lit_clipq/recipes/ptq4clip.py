@@ -19,13 +19,13 @@ from lit_clipq.calibration.probe import Probe, probe
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import Round, coarse_to_fine
-from lit_clipq.models import has_end_token_rule, text_lengths
 from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.modules import Phase, QModule, QWeighted
 from lit_clipq.nn.quantizer import LogQuantizer, Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry
 from lit_clipq.recipes.base import Recipe, register
+from lit_clipq.recipes.text import batch_text_lengths, has_text_rule
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class BasePTQ(PTQ4CLIP):
 def apply(recipe: PTQ4CLIP, calibration: Calibration) -> None:
     """Probe, swap, collect, search and freeze."""
     found = _probe(calibration)
-    text_rule = _text_rule(calibration)
+    text_rule = has_text_rule(calibration)
     modules = calibration.swap(lambda layer, entry: _build(recipe, layer, entry, found, text_rule))
     _keep_start_tokens(calibration)
     run = _Run(recipe, calibration, frozenset(found.averages), text_rule)
@@ -182,11 +182,6 @@ def _keep_start_tokens(calibration: Calibration) -> None:
             module.constant = shared[name].to(device or next(calibration.roots["clip"].parameters()).device)
 
 
-def _text_rule(calibration: Calibration) -> bool:
-    clip = calibration.roots.get("clip")
-    return clip is not None and has_end_token_rule(clip)
-
-
 def _build(recipe: PTQ4CLIP, layer: Layer, entry: MapEntry, found: Probe, text_rule: bool) -> QModule:
     bits = entry.activation_bits
 
@@ -241,11 +236,10 @@ class _Run:
             yield batch, Rows(samples, self._lengths(batch), self.recipe.start_token)
 
     def _lengths(self, batch: Any) -> Tensor | None:
-        texts = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-        if texts is None or not self.text_rule:
-            return None
-        lengths = text_lengths(self.calibration.roots["clip"], texts)
-        return lengths if self.recipe.end_token else lengths.amax().expand(len(lengths))
+        lengths = batch_text_lengths(self.calibration, batch)
+        if lengths is None or self.recipe.end_token:
+            return lengths
+        return lengths.amax().expand(len(lengths))
 
     def cotangents(self) -> Cotangents:
         """Return a function from (outputs, rows) of a batch to the gradient of the objective by each output."""

@@ -9,11 +9,14 @@ from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.quantizer import UniformQuantizer
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry
 from lit_clipq.recipes.base import Recipe, register
+from lit_clipq.recipes.text import batch_text_lengths
 
 
 @dataclass(frozen=True)
 class Vanilla(Recipe):
     """Ranges are the minimum and maximum over the calibration set.
+
+    Positions behind a text's end token are left out where they cannot reach the output.
 
     Weights: symmetric, a scale for each output channel. Activations: affine, one scale a tensor. Linear and
     convolution layers of both towers; attention products only when asked for.
@@ -32,7 +35,7 @@ class Vanilla(Recipe):
 def apply(recipe: Vanilla, calibration: Calibration) -> None:
     """Swap, observe ranges in one pass, freeze."""
     modules = calibration.swap(lambda layer, entry: _build(recipe, layer, entry))
-    ranges = collect_ranges(modules, calibration)
+    ranges = collect_ranges(modules, calibration, lambda batch: batch_text_lengths(calibration, batch))
     for name, module in modules.items():
         for operand, quantizer in module.operand_quantizers.items():
             if isinstance(quantizer, UniformQuantizer):
