@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ class Evaluation:
     """Scores of every sample by metric name."""
     counts: dict[str, int]
     """Number of samples by kind, repetitions not counted."""
+    totals: dict[str, float] = field(default_factory=dict)
+    """Metrics of the whole set that are no mean over samples, by name."""
 
 
 class SampleKeyedMetric(Metric):
     """A metric that counts every sample id once, whoever saw it and how often.
 
     Subclasses declare states with `add_rows`, append to them in `update` and score all samples in `evaluate`. `compute`
-    gives the mean of each score, as Python floats rounded once.
+    gives the mean of each score, as Python floats rounded once, and what exists for the whole set only.
 
     torchmetrics gathers a list state of a process that saw nothing as a one-dimensional float tensor, which aborts or
     corrupts the gathering of anything else; here such a process contributes zero rows of the declared shape and dtype.
@@ -78,9 +80,10 @@ class SampleKeyedMetric(Metric):
         self._evaluation = None
 
     def compute(self) -> dict[str, float]:
-        """Mean of each score over all samples of all processes, as fractions, by name."""
+        """Mean of each score over all samples of all processes, as fractions, by name; then the totals."""
         self._evaluation = self.evaluate()
-        return {name: exact_mean(scores.values) for name, scores in self._evaluation.scores.items()}
+        means = {name: exact_mean(scores.values) for name, scores in self._evaluation.scores.items()}
+        return means | self._evaluation.totals
 
     def evaluation(self) -> Evaluation:
         """Scores and counts of all samples of all processes; the same on each of them."""

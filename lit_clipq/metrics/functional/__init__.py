@@ -1,8 +1,11 @@
 """Metrics as pure functions of tensors."""
 
 from lit_clipq.metrics.functional.bootstrap import BootstrapInterval, paired_bootstrap
+from lit_clipq.metrics.functional.cider import cider_d
 from lit_clipq.metrics.functional.classification import LabelRanks, label_ranks
 from lit_clipq.metrics.functional.expectation import exact_mean, expected_hits
+from lit_clipq.metrics.functional.overlap import corpus_bleu, rouge_l
+from lit_clipq.metrics.functional.ptb import ptb_tokens
 from lit_clipq.metrics.functional.retrieval import recall_name, retrieval_hits
 from lit_clipq.metrics.functional.rows import distinct_rows
 from lit_clipq.metrics.functional.scores import SampleScores
@@ -11,11 +14,15 @@ __all__ = [
     "BootstrapInterval",
     "LabelRanks",
     "SampleScores",
+    "cider_d",
+    "corpus_bleu",
     "distinct_rows",
     "exact_mean",
     "expected_hits",
     "label_ranks",
     "paired_bootstrap",
+    "ptb_tokens",
     "recall_name",
     "retrieval_hits",
+    "rouge_l",
 ]
