@@ -1,17 +1,29 @@
 """Data modules: one per family of data sets, each with a calibration set that is disjoint from its evaluation."""
 
 from datamodules.base import QuantDataModule
+from datamodules.captioning import (
+    CocoCaptioning,
+    Flickr8kCaptioning,
+    Flickr30kCaptioning,
+    MiniCaptioning,
+    MiniCaptionText,
+)
 from datamodules.coco import CocoRetrieval
 from datamodules.flickr import Flickr8kRetrieval, Flickr30kRetrieval
 from datamodules.imagenet import ImageFolderClassification, ImageNetV2
 from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval
 
 __all__ = [
+    "CocoCaptioning",
     "CocoRetrieval",
+    "Flickr8kCaptioning",
     "Flickr8kRetrieval",
+    "Flickr30kCaptioning",
     "Flickr30kRetrieval",
     "ImageFolderClassification",
     "ImageNetV2",
+    "MiniCaptionText",
+    "MiniCaptioning",
     "MiniClassification",
     "MiniPretrain",
     "MiniRetrieval",

@@ -82,7 +82,7 @@ def read_coco_captions(annotations: Path, images: Path, captions_per_image: int 
         raise DataError(f"{annotations} lists {len(listed) - len(coco.imgs):,} picture ids twice; ids must be unique.")
     paths = paths_inside(images, [str(name) for _, name in listed], annotations)
     rows = [captions.get(key, [])[:captions_per_image] for key, _ in listed]
-    return with_captions(paths, rows, annotations)
+    return with_captions(paths, rows, annotations, [key for key, _ in listed])
 
 
 def read_karpathy(
@@ -108,13 +108,16 @@ def read_karpathy(
         for row in rows:
             names[row.get("filepath", "")].append(str(row["filename"]))
         captions = [[sentence["raw"] for sentence in row["sentences"]][:captions_per_image] for row in rows]
+        ids = [row.get("cocoid", row.get("imgid")) for row in rows]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a Karpathy split file ({error!r} in `images`).") from error
     outside = [part for part in names if part and not is_plain_relative(part)]
     if outside:
         raise DataError(f"{path} names the folder {outside[0]!r}, which leaves {folder}; expected a folder inside it.")
     found = {part: iter(paths_inside(folder / part, group, path)) for part, group in names.items()}
-    return [] if not rows else with_captions([next(found[row.get("filepath", "")]) for row in rows], captions, path)
+    return (
+        [] if not rows else with_captions([next(found[row.get("filepath", "")]) for row in rows], captions, path, ids)
+    )
 
 
 def read_table(path: Path, images: Path, keep: Container[str] | None = None) -> list[Picture]:
@@ -148,11 +151,14 @@ def read_table(path: Path, images: Path, keep: Container[str] | None = None) -> 
     return with_captions(paths_inside(images, captions, path), list(captions.values()), path)
 
 
-def with_captions(paths: Sequence[Path], captions: Sequence[Sequence[Any]], source: Path) -> list[Picture]:
-    """Pair pictures with their stripped captions.
+def with_captions(
+    paths: Sequence[Path], captions: Sequence[Sequence[Any]], source: Path, ids: Sequence[Any] | None = None
+) -> list[Picture]:
+    """Pair pictures with their stripped captions, and with their ids where all have one.
 
     Raises:
-        DataError: No picture, a picture listed twice or without captions, or a caption that is empty or no text.
+        DataError: No picture, a picture or an id listed twice, a picture without captions, or a caption that is empty
+            or no text.
     """
     if not paths:
         raise DataError(f"{source} lists no pictures; expected at least one.")
@@ -169,7 +175,12 @@ def with_captions(paths: Sequence[Path], captions: Sequence[Sequence[Any]], sour
     ]
     if blank:
         raise DataError(f"{source} has captions that are empty or no text, for {_some(blank)}.")
-    return [Picture(p, tuple(text.strip() for text in texts)) for p, texts in zip(paths, captions, strict=True)]
+    given = ids if ids is not None and all(isinstance(key, int) for key in ids) else [None] * len(paths)
+    again = [key for key, count in Counter(given).items() if key is not None and count > 1]
+    if again:
+        raise DataError(f"{source} gives {len(again):,} ids to more than one picture ({_some(again)}).")
+    rows = zip(paths, captions, given, strict=True)
+    return [Picture(p, tuple(text.strip() for text in texts), image_id=key) for p, texts, key in rows]
 
 
 def read_captioned_folder(folder: Path) -> list[Picture]:

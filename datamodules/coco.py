@@ -1,9 +1,10 @@
-"""COCO captions for retrieval: the Karpathy test split and val2017."""
+"""COCO captions: the Karpathy test split and val2017."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from datamodules.base import describe_absent
+from datamodules.captioned import CaptionedDataModule
 from datamodules.captions import KARPATHY_TRAIN, find_file, read_coco_captions, read_karpathy
 from datamodules.download import (
     COCO_ANNOTATIONS_2017,
@@ -21,7 +22,7 @@ from lit_clipq.errors import ConfigError
 
 @dataclass(frozen=True)
 class CocoPreset:
-    """One published way to evaluate retrieval on COCO."""
+    """One published way to evaluate on COCO."""
 
     annotations: str
     """Annotation file below the root."""
@@ -46,7 +47,7 @@ PRESETS = {
 TRAIN_SPLITS = ("train2017", "train2014")
 
 
-class CocoRetrieval(RetrievalDataModule):
+class CocoCaptions(CaptionedDataModule):
     """COCO captions.
 
     Calibration pictures are the train and restval rows of the Karpathy split, or train2017 / train2014 with their
@@ -95,7 +96,7 @@ class CocoRetrieval(RetrievalDataModule):
         karpathy = find_file(self.root, [self.choice.annotations]) if self.preset == "karpathy_test" else None
         name = str(karpathy.relative_to(self.root)) if karpathy else self.choice.annotations
         expected = {name: annotations.url, f"{self.choice.images}/": images.url}
-        return describe_absent(f"COCO retrieval ({self.preset})", self.root, expected, download=True)
+        return describe_absent(f"COCO ({self.preset})", self.root, expected, download=True)
 
     def read_evaluation(self) -> list[Picture]:
         """List the pictures of the preset with their captions."""
@@ -119,3 +120,7 @@ class CocoRetrieval(RetrievalDataModule):
     def _karpathy(self, splits: set[str] | frozenset[str]) -> list[Picture]:
         file = find_file(self.root, [self.choice.annotations]) or self.root / self.choice.annotations
         return read_karpathy(file, self.root, splits, self.captions_per_image)
+
+
+class CocoRetrieval(RetrievalDataModule, CocoCaptions):
+    """COCO captions for retrieval; options as for `CocoCaptions`."""

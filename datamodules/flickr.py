@@ -1,10 +1,11 @@
-"""Flickr30k and Flickr8k for retrieval."""
+"""Flickr30k and Flickr8k."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from datamodules.captioned import CaptionedDataModule
 from datamodules.captions import find_file, find_flickr_images, read_karpathy, read_lines, read_table
 from datamodules.images import Picture
 from datamodules.retrieval import RetrievalDataModule
@@ -17,7 +18,7 @@ HOW_TO_GET = (
 )
 
 
-class _FlickrRetrieval(RetrievalDataModule):
+class FlickrCaptions(CaptionedDataModule):
     """A Flickr set: a Karpathy split file, or a caption table with a list of the test pictures."""
 
     title: str
@@ -87,7 +88,7 @@ class _FlickrRetrieval(RetrievalDataModule):
         return find_file(self.root, self.test_lists)
 
 
-class Flickr30kRetrieval(_FlickrRetrieval):
+class Flickr30kCaptions(FlickrCaptions):
     """Flickr30k, Karpathy test split: 1,000 pictures, 5,000 captions.
 
     Files in `root`: `dataset_flickr30k.json` (Karpathy), or a caption table (`results.csv`,
@@ -99,7 +100,7 @@ class Flickr30kRetrieval(_FlickrRetrieval):
         **kwargs: See `QuantDataModule`. `download` is refused with the address of the request form.
     """
 
-    title = "Flickr30k retrieval"
+    title = "Flickr30k"
     karpathy = "dataset_flickr30k.json"
     tables = ("results.csv", "results_20130124.token")
     test_lists = ("flickr30k_test.txt", "test.txt")
@@ -111,7 +112,7 @@ class Flickr30kRetrieval(_FlickrRetrieval):
         return True
 
 
-class Flickr8kRetrieval(_FlickrRetrieval):
+class Flickr8kCaptions(FlickrCaptions):
     """Flickr8k: 8,091 pictures with 5 captions each, or any part of them.
 
     Files in `root`: `captions.txt` (`image,caption`), `Flickr8k.token.txt` or `dataset_flickr8k.json`; pictures in
@@ -127,7 +128,7 @@ class Flickr8kRetrieval(_FlickrRetrieval):
         ConfigError: An unknown split.
     """
 
-    title = "Flickr8k retrieval"
+    title = "Flickr8k"
     karpathy = "dataset_flickr8k.json"
     tables = ("captions.txt", "Flickr8k.token.txt")
     test_lists = ("Flickr_8k.testImages.txt",)
@@ -144,6 +145,14 @@ class Flickr8kRetrieval(_FlickrRetrieval):
 
     def _needs_list(self) -> bool:
         return self.split == "test"
+
+
+class Flickr30kRetrieval(RetrievalDataModule, Flickr30kCaptions):
+    """Flickr30k for retrieval; options as for `Flickr30kCaptions`."""
+
+
+class Flickr8kRetrieval(RetrievalDataModule, Flickr8kCaptions):
+    """Flickr8k for retrieval; options as for `Flickr8kCaptions`."""
 
 
 class _AllBut:

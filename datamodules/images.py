@@ -29,6 +29,8 @@ class Picture:
     """Captions, stripped, in the order of the annotation file; empty where the data set has none."""
     label: int | None = None
     """Class index, or None where the data set has no classes."""
+    image_id: int | None = None
+    """Id in the annotation file, different for every picture, or None where it gives none."""
 
 
 class PictureDataset(Dataset):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.captioned import CaptionedDataModule
 from datamodules.captions import read_coco_captions
 from datamodules.imagenet import ImageFolderClassification
 from datamodules.images import Picture
@@ -24,7 +25,7 @@ Pairs = tuple[Tensor, Tensor]
 ABSENT = "The mini world is not in {}; call prepare_data() of the data module, which writes it."
 
 
-class MiniRetrieval(RetrievalDataModule):
+class MiniCaptions(CaptionedDataModule):
     """Pictures of the mini world with five captions each; calibration pictures are its calibration split.
 
     Args:
@@ -70,6 +71,10 @@ class MiniRetrieval(RetrievalDataModule):
     def _read(self, split: str) -> list[Picture]:
         annotations = self.root / "annotations" / f"captions_{split}.json"
         return read_coco_captions(annotations, self.root / "images", self.captions_per_image)
+
+
+class MiniRetrieval(RetrievalDataModule, MiniCaptions):
+    """The mini world for retrieval; options as for `MiniCaptions`."""
 
 
 class MiniClassification(ImageFolderClassification):

@@ -1,19 +1,13 @@
 """Image-text retrieval: pictures in one loader, distinct captions in another, and who belongs to whom."""
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.base import QuantDataModule
-from datamodules.captions import read_captioned_folder
-from datamodules.images import Picture, list_pictures
+from datamodules.captioned import CaptionedDataModule
 from lit_clipq.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 class CaptionDataset(Dataset):
@@ -50,7 +44,7 @@ class CaptionDataset(Dataset):
         }
 
 
-class RetrievalDataModule(QuantDataModule):
+class RetrievalDataModule(CaptionedDataModule):
     """Two evaluation loaders: 0 yields pictures, 1 yields distinct captions sorted by length, with their pairs."""
 
     captions: CaptionDataset | None = None
@@ -77,23 +71,9 @@ class RetrievalDataModule(QuantDataModule):
         texts = self.loader(self.captions, workers=0, collate_fn=self.captions.collate)
         return [super().val_dataloader(), texts]
 
-    def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:  # noqa: ARG002
-        """Return the tokens of each picture's caption, or None where calibration pictures have no captions."""
-        if not all(picture.captions for picture in pictures):
-            logger.warning("the calibration pictures have no captions: the text tower gets no calibration data")
-            return None
-        return self.checked_preprocessing().tokenizer([picture.captions[0] for picture in pictures])
-
-    def read_folder(self, folder: Path) -> list[Picture]:
-        """List the pictures of a calibration folder, with captions where its layout is one of COCO's or Flickr's."""
-        return read_captioned_folder(folder) or [Picture(path) for path in list_pictures(folder)]
-
     def sample_counts(self) -> dict[str, int]:
         """Return the counts of pictures, captions and distinct captions."""
-        counts = super().sample_counts()
-        counts["captions"] = sum(len(picture.captions) for picture in self.pictures)
-        counts["distinct_captions"] = 0 if self.captions is None else len(self.captions)
-        return counts
+        return {**super().sample_counts(), "distinct_captions": 0 if self.captions is None else len(self.captions)}
 
 
 def token_lengths(tokens: Tensor) -> Tensor:

@@ -62,10 +62,10 @@ class CIDEr(SampleKeyedMetric):
         if ids is not None and (ids.dtype != torch.int64 or ids.ndim != 1):
             raise ValueError(f"expected int64 ids (n,), got {ids.dtype} {tuple(ids.shape)}.")
         if not len(preds) == len(target) == (len(preds) if ids is None else len(ids)):
-            given = "no" if ids is None else f"{len(ids):,}"
+            found = "no" if ids is None else f"{len(ids):,}"
             raise DataError(
-                f"expected one caption, one list of references and one id for each picture, got {len(preds):,} captions,"
-                f" {len(target):,} lists and {given} ids; match the captions to the annotation file by picture id."
+                f"expected one caption, one list of references and one id a picture, got {len(preds):,} captions,"
+                f" {len(target):,} lists and {found} ids; match the captions to the annotation file by picture id."
             )
         names = [f"number {i} of the batch" for i in range(len(preds))] if ids is None else ids.tolist()
         for name, caption, references in zip(names, preds, target, strict=True):

@@ -1,0 +1,33 @@
+"""What retrieval and captioning share: pictures with captions."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from datamodules.base import QuantDataModule
+from datamodules.captions import read_captioned_folder
+from datamodules.images import Picture, list_pictures
+
+logger = logging.getLogger(__name__)
+
+
+class CaptionedDataModule(QuantDataModule):
+    """Pictures with captions; calibration pairs a picture with one of its captions."""
+
+    def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:  # noqa: ARG002
+        """Return the tokens of each picture's caption, or None where calibration pictures have no captions."""
+        if not all(picture.captions for picture in pictures):
+            logger.warning("the calibration pictures have no captions: the text tower gets no calibration data")
+            return None
+        return self.checked_preprocessing().tokenizer([picture.captions[0] for picture in pictures])
+
+    def read_folder(self, folder: Path) -> list[Picture]:
+        """List the pictures of a calibration folder, with captions where its layout is one of COCO's or Flickr's."""
+        return read_captioned_folder(folder) or [Picture(path) for path in list_pictures(folder)]
+
+    def sample_counts(self) -> dict[str, int]:
+        """Return the counts of pictures and captions."""
+        captions = sum(len(picture.captions) for picture in self.pictures)
+        return {**super().sample_counts(), "captions": captions}
