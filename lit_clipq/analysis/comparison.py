@@ -1,8 +1,6 @@
 """Float against quantized: the record of one run, as JSON and as a table."""
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_clipq.nn.swap import QuantizationMap
+from lit_clipq.paths import write_whole
 
 
 @dataclass(frozen=True)
@@ -84,21 +83,7 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         OSError: If the folder cannot be made or written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def comparison_table(result: Comparison) -> RenderableType:

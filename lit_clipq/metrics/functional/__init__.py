@@ -1,6 +1,7 @@
 """Metrics as pure functions of tensors."""
 
 from lit_clipq.metrics.functional.bootstrap import BootstrapInterval, paired_bootstrap
+from lit_clipq.metrics.functional.caption_files import match_captions, read_captions, write_captions
 from lit_clipq.metrics.functional.cider import cider_d
 from lit_clipq.metrics.functional.classification import LabelRanks, label_ranks
 from lit_clipq.metrics.functional.expectation import exact_mean, expected_hits
@@ -20,9 +21,12 @@ __all__ = [
     "exact_mean",
     "expected_hits",
     "label_ranks",
+    "match_captions",
     "paired_bootstrap",
     "ptb_tokens",
+    "read_captions",
     "recall_name",
     "retrieval_hits",
     "rouge_l",
+    "write_captions",
 ]

@@ -19,28 +19,35 @@ PUNCTUATION = frozenset(
 )
 """Tokens that the scorer drops; compared after lower-casing, so the four brackets never match."""
 
-_LETTER = r"[^\W\d_]"
+_NEITHER = "_\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u209c\u2150-\u218f"  # Python counts these as parts of words
+_LETTER = rf"[^\W\d{_NEITHER}]"
+_ALNUM = rf"[^\W{_NEITHER}]"
 _APOSTROPHE = "['\u2019\u0092]"
 _ANY_APOSTROPHE = "['\u2019\u0092\u2018\u0091\u201b]"
-_WORD = rf"{_LETTER}[^\W_]*(?:[.!?]{_LETTER}[^\W_]*)*"
+_WORD = rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)*"
 _AUXILIARY = rf"{_APOSTROPHE}(?:(?i:re|ve|ll)|[msdMSD])"
 _NOT = rf"[nN]{_ANY_APOSTROPHE}[tT]"
 _NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
-_PIECE = rf"(?:[dDoOlL]{_ANY_APOSTROPHE}[^\W_])?[^\W_]+"
+_PIECE = rf"(?:[dDoOlL]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+"
 _COMPOUND = rf"{_PIECE}(?:[-_\u2010\u2011]{_PIECE})*"
 _ACRONYM = r"(?:[A-Za-z](?:\.[A-Za-z])+|(?i:canada|sino|korean|eu|japan|non)-[uU]\.[sS])"
 _HYPHENATED = rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:[A-Za-z0-9]+|{_ACRONYM}\.))+"
 _ALTERNATIVES = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"
 _CAPITALS = r"[A-Z]+(?:[+&][A-Z]+)+"
 _ABBREVIATIONS = (
-    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|mon|tue|tues|wed|thu|thurs|fri|ala|ariz|calif|colo|conn|"
-    "dak|del|fla|ga|ind|kan|kans|ky|la|md|mich|minn|mo|mont|neb|nev|okla|pa|penn|tenn|tex|va|vt|wis|wisc|wyo|inc|"
-    "co|cos|corp|pty|pte|ltd|plc|bancorp|dept|bhd|assn|univ|intl|sys|tel|est|ext|sq|ft|jr|sr|bros|blvd|rd|esq|"
-    "etc|al|seq|mr|mrs|ms|dr|drs|prof|profs|sen|sens|rep|reps|atty|attys|lt|col|gen|messrs|gov|govs|adm|rev|maj|"
-    "sgt|cpl|pvt|mt|capt|st|ste|ave|pres|lieut|hon|brig|comdr|cmdr|pfc|spc|supt|supts|det|vs|alex|wm|jos|cie|cf|"
-    "treas|invt|elec|natl|mfg|mtg"
+    "jan|feb|mar|apr|jun|jul|aug|sep|sept|oct|nov|dec|mon|tue|tues|wed|thu|thurs|fri|ala|ariz|calif|colo|conn|ct|"
+    "dak|fla|ga|ind|kan|kans|ky|md|mich|minn|mo|mont|neb|nev|okla|penn|tenn|va|vt|wis|wisc|wyo|inc|co|cos|corp|"
+    "ltd|plc|rt|bancorp|bhd|assn|univ|intl|sys|tel|est|ext|sq|jr|sr|bros|blvd|rd|esq|etc|al|seq|bldg"
 )
-_CAPITALISED_ABBREVIATIONS = "Ark|Ill|Mass|Miss|Ore|Wash"  # words of their own in lower case
+_CASED = (
+    "(?:A(?i:rk|z)|D(?i:el)|I(?i:ll)|L(?i:a)|M(?i:ass|iss)|O(?i:re)|P(?i:a)|T(?i:ex)|W(?i:ash)|[Pp]p?(?i:t)[ye](?i:s?))"
+)
+_TITLES = (
+    "mr|mrs|ms|dr|drs|prof|profs|sen|sens|rep|reps|atty|attys|lt|col|gen|messrs|gov|govs|adm|rev|maj|sgt|cpl|pvt|"
+    "mt|capt|st|ste|ave|pres|lieut|hon|brig|comdr|cmdr|pfc|spc|supt|supts|det|dept|ft|ph|vs|alex|wm|jos|cie|cf|"
+    "treas|invt|elec|natl"
+)
+_BEFORE_NUMBERS = "nos?|figs?|ca|prop|art|pp|op"
 _INSIDE = "[,;:]"  # a full stop before one of these belongs to the word
 
 _RULES = tuple(
@@ -52,7 +59,8 @@ _RULES = tuple(
         (r"(?i:lem|gim)", r"(?i:me)"),
         (r"</?[A-Za-z!?][^>\r\n]*>", ""),  # markup
         (r"&(?i:md|mdash|ndash);|[\u2013-\u2015\u0096\u0097]", ""),
-        (r"&(?i:amp);", ""),
+        (r"&(?i:amp|lt|gt|quot);", ""),
+        (r"'(?i:t)", r"(?i:was|is)"),
         (_WORD, _AUXILIARY),
         (r"[A-Za-z]*[A-MO-Za-mo-z]", _NOT),
         (_WORD, ""),
@@ -76,9 +84,10 @@ _RULES = tuple(
         (r"-(?i:[lr][rcs]b)-|(?i:c\.d\.s|pro-|anti-|s&p-500|s&ls)", ""),
         (_ALTERNATIVES, ""),
         (r"[A-Z]*\$|#", ""),
-        (rf"(?i:{_ABBREVIATIONS}|(?:ed|ph)\.d|{_ACRONYM}|[a-z])\.", ""),
-        (rf"(?:{_CAPITALISED_ABBREVIATIONS})\.", ""),
-        (r"(?i:nos?|figs?)\.", r"\s?\d"),
+        (rf"(?:(?i:{_ABBREVIATIONS}|(?:ed|ph)\.d)|{_CASED})\.", r"(?s:..)"),
+        (rf"(?:(?i:{_ABBREVIATIONS}|(?:ed|ph)\.d)|{_CASED})\.", ""),
+        (rf"(?:(?i:{_TITLES}|a\.k\.a|{_ACRONYM}|[a-z])|[Mm][ft][Gg])\.", ""),
+        (rf"(?i:{_BEFORE_NUMBERS})\.", r"\s?\d"),
         (_ACRONYM, r"\s"),
         (rf"{_APOSTROPHE}\d\d", r"\s"),
         (rf"{_WORD}\.", _INSIDE),
@@ -87,6 +96,7 @@ _RULES = tuple(
             r"|(?:(?:\+\+?)?\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}",
             "",
         ),
+        (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", ""),  # smileys
         (r"[\"<>\[\](){}=/]", ""),
         (r"-+", ""),
         (r"\.{3,5}|\u2026", ""),
@@ -108,10 +118,11 @@ _RULES = tuple(
         ),
         (r"[\u00a2-\u00a5\u20a0-\u20ac]", ""),
         (r"[\u00bc-\u00be\u2153-\u215e]", ""),
+        (r"[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)", ""),
     )
 )
 _REWRITTEN = {
-    '"': "''", "(": "-lrb-", ")": "-rrb-", "[": "-lrb-", "]": "-rrb-", "<": "-lrb-", ">": "-rrb-",
+    '"': "''", "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "&lt;": "<", "&gt;": ">", "&quot;": "''",
     "{": "-lcb-", "}": "-rcb-", "---": "--", "----": "--", "....": "...", ".....": "...", "\u2026": "...", "&amp;": "&",
     "\u00a2": "cents", "\u00a3": "#", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$",
     "\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3",
@@ -127,7 +138,7 @@ _OPENINGS = (
 _LAST_LETTER = re.compile(rf"(?<![\w.'-])([A-Za-z])\.(?=\s*$|\s+(?:{_OPENINGS})\s)")
 """A single letter that ends a sentence: its full stop is that of the sentence; elsewhere it is that of an initial."""
 _SPACED = re.compile(
-    r"\d[ \u00a0]+\d|\(\d{2,3}\) |<[A-Za-z!?/]|(?i:\b(?:nos?|figs?)\.) \d"
+    rf"\d[ \u00a0]+\d|\(\d{{2,3}}\) |<[A-Za-z!?/]|(?i:\b(?:{_BEFORE_NUMBERS})\.) \d"
 )  # rules that look beyond a space
 
 
@@ -148,6 +159,7 @@ def ptb_tokens(caption: str) -> str:
         "at 12:45 a m&m -lrb- red/yellow -rrb- ca n't cost 1\xa01/2 euros can not it"
     """
     caption = _LAST_LETTER.sub(r"\1", caption)
+    caption = caption.replace("&nbsp;", " ")
     parts = [caption] if _SPACED.search(caption) else caption.split()
     return " ".join([token for part in parts for token in _scan(part)])
 
