@@ -1,6 +1,7 @@
 """Slow and obvious versions of the metrics: loops in float64 over items and, for tiny cases, over every order."""
 
-from itertools import permutations
+import math
+from itertools import combinations, permutations
 
 import torch
 
@@ -67,3 +68,55 @@ def recall(images, texts, pairs, ks, hit=hit_by_drawing):
 def topk(logits, labels, ks, hit=hit_by_drawing):
     rows = list(zip(logits.tolist(), labels.tolist(), strict=True))
     return {f"top{k}": sum(hit(scores, {label}, k) for scores, label in rows) / len(rows) for k in ks}
+
+
+def captioning(captions, references):
+    """CIDEr-D, ROUGE-L and BLEU of lower-case captions without punctuation, by loops over a vocabulary of n-grams."""
+    captions, references = [c.split() for c in captions], [[r.split() for r in texts] for texts in references]
+    cider = [0.0] * len(captions)
+    for n in (1, 2, 3, 4):
+        everything = [*captions, *(text for texts in references for text in texts)]
+        vocabulary = sorted({gram for text in everything for gram in grams(text, n)})
+        images = [sum(any(gram in grams(text, n) for text in texts) for texts in references) for gram in vocabulary]
+        idf = [math.log(len(captions) / max(1, count)) for count in images]
+        for i, (caption, texts) in enumerate(zip(captions, references, strict=True)):
+            for text in texts:
+                a, b = (
+                    [grams(x, n).count(g) * w for g, w in zip(vocabulary, idf, strict=True)] for x in (caption, text)
+                )
+                dot = sum(min(x, y) * y for x, y in zip(a, b, strict=True))
+                size = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+                difference = len(grams(caption, 2)) - len(grams(text, 2))
+                cider[i] += 10 * (dot / size if size else 0.0) * math.exp(-(difference**2) / 72) / len(texts) / 4
+    rouge = [_rouge(caption, texts) for caption, texts in zip(captions, references, strict=True)]
+    results = {"cider": math.fsum(cider) / len(cider), "rouge_l": math.fsum(rouge) / len(rouge)}
+    shares = []
+    for n in (1, 2, 3, 4):
+        pairs = [(grams(c, n), [grams(r, n) for r in texts]) for c, texts in zip(captions, references, strict=True)]
+        hits = sum(min(c.count(g), max(r.count(g) for r in texts)) for c, texts in pairs for g in set(c))
+        shares.append((hits + 1e-15) / (sum(len(c) for c, _ in pairs) + 1e-9))
+        closest = [min((abs(len(r) - len(c)), len(r)) for r in t)[1] for c, t in zip(captions, references, strict=True)]
+        ratio = (sum(map(len, captions)) + 1e-15) / (sum(closest) + 1e-9)
+        results[f"bleu{n}"] = math.prod(shares) ** (1 / n) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1)
+    return results
+
+
+def grams(tokens, n):
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def _rouge(caption, texts):
+    common = [_common(caption, text) for text in texts]
+    p, r = max(common) / len(caption), max(c / len(text) for c, text in zip(common, texts, strict=True))
+    return 2.44 * p * r / (r + 1.44 * p) if p and r else 0.0
+
+
+def _common(a, b):
+    """Longest common subsequence by trying every subset of the shorter text, longest first."""
+    short, long = sorted((a, b), key=len)
+    for size in range(len(short), 0, -1):
+        for chosen in combinations(short, size):
+            rest = iter(long)
+            if all(token in rest for token in chosen):
+                return size
+    return 0

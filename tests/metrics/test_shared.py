@@ -23,6 +23,7 @@ def filled(case, batches=None):
 
 def same(a, b):
     assert a.counts == b.counts
+    assert a.totals == b.totals
     assert a.scores.keys() == b.scores.keys()
     for name, scores in a.scores.items():
         assert torch.equal(scores.values, b.scores[name].values)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_clipq.metrics import RetrievalRecall, TopKAccuracy
+from lit_clipq.metrics import CIDEr, RetrievalRecall, TopKAccuracy
 from tests.metrics import oracles
 
 
@@ -50,6 +50,24 @@ def _classification_oracle(batches):
     return oracles.topk(*(torch.cat([batch[key] for batch in batches]) for key in ("logits", "labels")), (1, 3))
 
 
+def _captioning_batch(start):
+    """Four pictures with one to four references; one caption is a reference, one shares nothing with its own."""
+    generator = torch.Generator().manual_seed(start)
+    words = ["a", "the", "cat", "dog", "\u00e9t\u00e9", "sits", "on", "mat", "red", "boat"]
+
+    def text(length):
+        return " ".join(words[i] for i in torch.randint(len(words), (length,), generator=generator).tolist())
+
+    references = [[text(4 + (i + j) % 3) for j in range(i + 1)] for i in range(4)]
+    preds = [references[0][0], text(6), "zebra zebra", text(5)]
+    return {"preds": preds, "target": references, "ids": start + torch.arange(4)}
+
+
+def _captioning_oracle(batches):
+    preds, target = ([text for batch in batches for text in batch[key]] for key in ("preds", "target"))
+    return oracles.captioning(preds, target)
+
+
 STARTS = (300, 100, 200)  # ids do not arrive in order
 CASES = {
     "retrieval": MetricCase(
@@ -60,4 +78,5 @@ CASES = {
     "classification": MetricCase(
         lambda: TopKAccuracy(ks=(1, 3)), [_classification_batch(start) for start in STARTS], _classification_oracle
     ),
+    "captioning": MetricCase(CIDEr, [_captioning_batch(start) for start in STARTS], _captioning_oracle),
 }

@@ -31,7 +31,7 @@ _NUMBER = r"(?:\d*(?:[.:,]\d+)+|\d+)"
 _PIECE = rf"(?:[dDoOlL]{_ANY_APOSTROPHE}{_ALNUM})?{_ALNUM}+"
 _COMPOUND = rf"{_PIECE}(?:[-_\u2010\u2011]{_PIECE})*"
 _ACRONYM = r"(?:[A-Za-z](?:\.[A-Za-z])+|(?i:canada|sino|korean|eu|japan|non)-[uU]\.[sS])"
-_HYPHENATED = rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:[A-Za-z0-9]+|{_ACRONYM}\.))+"
+_HYPHENATED = rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-(?:{_ACRONYM}\.|[A-Za-z0-9]+))+"
 _ALTERNATIVES = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"
 _CAPITALS = r"[A-Z]+(?:[+&][A-Z]+)+"
 _ABBREVIATIONS = (
@@ -96,7 +96,8 @@ _RULES = tuple(
             r"|(?:(?:\+\+?)?\d{2,4}\.)?\d{2,4}\.\d{3,4}\.\d{3,5}",
             "",
         ),
-        (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", ""),  # smileys
+        (r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]"),  # smileys
+        (r"[-^x=~<>']_[-^x=~<>']", ""),
         (r"[\"<>\[\](){}=/]", ""),
         (r"-+", ""),
         (r"\.{3,5}|\u2026", ""),
@@ -135,7 +136,7 @@ _OPENINGS = (
     "About|According|Additionally|After|An|A|As|At|But|Earlier|He|Her|Here|However|If|In|It|Last|Many|More|Now|"
     "Once|One|Other|Our|She|Since|So|Some|Such|That|The|Then|There|These|They|This|We|When|While|What|Yet|You"
 )
-_LAST_LETTER = re.compile(rf"(?<![\w.'-])([A-Za-z])\.(?=\s*$|\s+(?:{_OPENINGS})\s)")
+_LAST_LETTER = re.compile(rf"(?<![\w.'])(?<!\w-)([A-Za-z])\.(?=\s*$|\s+(?:{_OPENINGS})\s)")
 """A single letter that ends a sentence: its full stop is that of the sentence; elsewhere it is that of an initial."""
 _SPACED = re.compile(
     rf"\d[ \u00a0]+\d|\(\d{{2,3}}\) |<[A-Za-z!?/]|(?i:\b(?:{_BEFORE_NUMBERS})\.) \d"
