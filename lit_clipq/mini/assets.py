@@ -10,6 +10,9 @@ from lit_clipq.paths import cache_dir
 CONFIG_DIR = Path(__file__).parent / "configs"
 """open_clip configurations and the tokenizer's merges."""
 WEIGHTS_DIR = Path(__file__).parent / "weights"
+LANGUAGE_MODEL_DIR = WEIGHTS_DIR / "mini-gpt2"
+"""Configuration, tokenizer and weights of the mini language model, as transformers reads them."""
+LANGUAGE_MODEL = "mini-gpt2"
 MINI_MODELS: tuple[str, ...] = ("mini-vit", "mini-resnet", "mini-vit-outlier", "mini-resnet-outlier")
 WEIGHT_HASHES: dict[str, str] = {
     "mini-vit": "4bb2efc27f9f21abbd7bda095cf399f22cd86087e7afe17f8649abf055357210",
@@ -48,6 +51,20 @@ def weights_path(name: str) -> Path:
             f"or train them with `lightning fit --config configs/mini/pretrain_{base.split('-')[1]}.yaml`."
         )
     return path if name == base else _planted(name, path)
+
+
+def language_model_path() -> Path:
+    """Return the folder of the mini language model, for `transformers.AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ModelError: its weights are not in this installation.
+    """
+    if not (LANGUAGE_MODEL_DIR / "model.safetensors").is_file():
+        raise ModelError(
+            f"expected the weights of '{LANGUAGE_MODEL}' in {LANGUAGE_MODEL_DIR}, which are absent; install the "
+            "package again, or train them with `lightning fit --config configs/mini/pretrain_gpt2.yaml`."
+        )
+    return LANGUAGE_MODEL_DIR
 
 
 def _planted(name: str, original: Path) -> Path:

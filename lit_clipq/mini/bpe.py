@@ -8,7 +8,7 @@ again.
 import gzip
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,17 +33,30 @@ def corpus() -> list[str]:
 
 
 def learn_merges(texts: Iterable[str], limit: int) -> list[tuple[str, str]]:
-    """Learn byte-pair merges (Sennrich, Haddow, Birch 2016): join the most frequent neighbours, again and again.
+    """Learn the merges of lower-case words that end in `</w>`.
 
     Args:
         texts: ASCII texts; words are runs of letters, as SimpleTokenizer splits them.
+        limit: number of merges at most.
+
+    Returns:
+        See `merges_of`.
+    """
+    counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text.lower()))
+    return merges_of({(*word[:-1], word[-1] + "</w>"): count for word, count in counts.items()}, limit)
+
+
+def merges_of(words: Mapping[Symbols, int], limit: int) -> list[tuple[str, str]]:
+    """Learn byte-pair merges (Sennrich, Haddow, Birch 2016): join the most frequent neighbours, again and again.
+
+    Args:
+        words: how often each word occurs, the words as symbols.
         limit: number of merges at most; fewer where every word is one token before that.
 
     Returns:
         Pairs in order of learning; equally frequent pairs in alphabetical order.
     """
-    counts = Counter(word for text in texts for word in re.findall(r"[a-z]+", text.lower()))
-    words: dict[Symbols, int] = {(*word[:-1], word[-1] + "</w>"): count for word, count in counts.items()}
+    words = dict(words)
     merges: list[tuple[str, str]] = []
     known: set[str] = set()
     while len(merges) < limit:

@@ -74,6 +74,17 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
     return records
 
 
+def explicit_counterpart(module: nn.Module, parent: nn.Module) -> ExplicitAttention | None:
+    """Return an explicit attention that computes what `module` inside `parent` does; `None` where none is known.
+
+    Its projections are copies of the weights; nothing is changed in place.
+    """
+    try:
+        return _convert(module, parent).train(module.training)
+    except _LeftFusedError:
+        return None
+
+
 def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Yield path, parent and module of the innermost modules that are or look like an attention."""
     for path, parent in model.named_modules():

@@ -63,6 +63,12 @@ def has_end_token_rule(model: nn.Module) -> bool:
     return _end_token_tower(model) is not None
 
 
+def end_token_root(model: nn.Module) -> nn.Module | None:
+    """Return the module with the parts of a causal text tower that is pooled at the end token, else None."""
+    tower = _end_token_tower(model)
+    return None if tower is None else tower.root
+
+
 @dataclass(frozen=True)
 class _EndTokenTower:
     """A causal open_clip text tower that is pooled at its end token.

@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lit_clipq.errors import ConfigError, ModelError
+from lit_clipq.errors import ModelError
 from lit_clipq.models import encode_image, encode_text, load_clip
+from lit_clipq.tasks.schedule import adamw_with_cosine, check_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,7 @@ class ContrastiveTask(LightningModule):
         export: str | None = None,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0 or warmup_steps < 0 or (schedule_steps is not None and schedule_steps < 1):
-            raise ConfigError(
-                f"expected learning_rate > 0, warmup_steps >= 0 and schedule_steps >= 1 or null, got {learning_rate}, "
-                f"{warmup_steps} and {schedule_steps}; correct them under --model."
-            )
+        check_schedule(learning_rate, warmup_steps, schedule_steps)
         self.save_hyperparameters()
         loaded = load_clip(name, pretrained)
         self.clip = loaded.model.train().requires_grad_(True)
@@ -143,22 +140,10 @@ class ContrastiveTask(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return AdamW and its schedule, stepped after every optimizer step."""
-        parameters = [p for p in self.clip.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), eps=1e-6)
         total = self.schedule_steps or int(self.trainer.estimated_stepping_batches)
-        warmup = self.warmup_steps
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return adamw_with_cosine(
+            self.clip.parameters(), self.learning_rate, self.weight_decay, self.warmup_steps, total
+        )
 
     def on_train_end(self) -> None:
         """Export the weights if asked to."""
@@ -173,13 +158,17 @@ def export_weights(model: nn.Module, path: Path) -> None:
         ModelError: a value is not finite or too large for fp16.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    places: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in places:  # a tied weight, written under its first name
+            continue
+        places.add(id(tensor))
         value = tensor.detach().cpu()
         state[name] = (value.half() if value.is_floating_point() else value).contiguous()
         if not name.endswith("attn_mask") and not bool(torch.isfinite(state[name]).all()):
             raise ModelError(f"expected finite fp16 weights, got others in {name}; train with a lower learning rate.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(state, temporary)
+    save_file(state, temporary, metadata={"format": "pt"})
     temporary.replace(path)
     logger.info("weights written to %s", path)
