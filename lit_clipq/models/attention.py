@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lit_clipq.models.attention_gpt2 import CONV1D, ExplicitGPT2, linear_from_conv1d
 from lit_clipq.models.attention_hf import ExplicitBert
 from lit_clipq.models.attention_openclip import ExplicitMultihead, ExplicitOpenClip, ExplicitPool2d
 from lit_clipq.models.attention_parts import qualified_name
@@ -46,7 +47,7 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
 
     Every known attention becomes an `ExplicitAttention` with the children `qkv_proj` (or `q_proj` and `kv_proj`, or
     three), `qk`, `av` and `out_proj`. `visual.proj` and `text_projection` Parameters become `Projection` layers,
-    whose weight is the transpose. A second call changes nothing and returns the same records.
+    whose weight is the transpose; GPT-2's `Conv1D` layers become `nn.Linear`. A second call changes nothing and returns the same records.
 
     Args:
         model: Any module tree; afterwards its state dict has other names.
@@ -71,6 +72,7 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
             records.append(ExplicitAttentionRecord(name, original, explicit=False, reason=str(error)))
     for module in list(model.modules()):
         _name_projections(module)
+        _turn_conv1d(module)
     return records
 
 
@@ -156,6 +158,14 @@ def _convert_bert(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa:
     return ExplicitBert.convert(module)
 
 
+def _convert_gpt2(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa: ARG001
+    if module.is_cross_attention:
+        raise _LeftFusedError("cross-attention with a cache is not supported")
+    if module.reorder_and_upcast_attn:
+        raise _LeftFusedError("reorder_and_upcast_attn is not supported")
+    return ExplicitGPT2.convert(module)
+
+
 def _convert_pool_latent(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa: ARG001
     if not isinstance(module.q, nn.Linear):
         raise _LeftFusedError("a latent without a query projection is not supported")
@@ -172,6 +182,7 @@ _CONVERTERS: dict[str, Callable[[Any, nn.Module], ExplicitAttention]] = {
     "timm.models.eva.EvaAttention": _convert_timm,
     "timm.layers.attention_pool.AttentionPoolLatent": _convert_pool_latent,
     "transformers.models.bert.modeling_bert.BertSelfAttention": _convert_bert,
+    "transformers.models.gpt2.modeling_gpt2.GPT2Attention": _convert_gpt2,
     "transformers.models.roberta.modeling_roberta.RobertaSelfAttention": _convert_bert,
     "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaSelfAttention": _convert_bert,
 }
@@ -186,3 +197,12 @@ def _name_projections(module: nn.Module) -> None:
         if parameter is not None and parameter.dim() == 2:
             delattr(module, name)
             setattr(module, name, Projection.from_parameter(parameter))
+
+
+def _turn_conv1d(module: nn.Module) -> None:
+    """Turn the `Conv1D` children of a module of transformers into linear layers; fused attentions keep theirs."""
+    if qualified_name(module) in _CONVERTERS:
+        return
+    for name, child in list(module.named_children()):
+        if qualified_name(child) == CONV1D:
+            setattr(module, name, linear_from_conv1d(child).train(child.training))
