@@ -160,6 +160,12 @@ class Quantize(pl.Callback):
             ConfigError: For a folder that cannot be written, or a task whose model cannot be rebuilt.
             ModelError: For a damaged artefact, or one of another model.
         """
+        self._choose_roots(pl_module)
+        if (self.save is not None or self._artefact is not None) and set(pl_module.roots()) != {"clip"}:
+            raise ConfigError(
+                f"--quantize.save and --quantize.load keep a CLIP alone, not {', '.join(pl_module.roots())}; "
+                "leave the others out of --quantize.include"
+            )
         if self.save is not None and trainer.is_global_zero:
             _identify(pl_module, with_weights=False)
             check_target(self.save)
@@ -167,6 +173,17 @@ class Quantize(pl.Callback):
             self._artefact.check_files()
             run = _identify(pl_module, with_weights=weights_are_final)
             self._artefact.identity.check_serves(run, self._artefact.folder)
+
+    def fingerprint(self) -> str:
+        """Return everything that decides the quantized network beside model and data, as text."""
+        artefact = None if self._artefact is None else repr(self._artefact.identity.to_json())
+        drawn = (self.calibration_samples, self.calibration_batch_size, self.seed)
+        return repr((self.recipe, drawn, artefact))
+
+    def _choose_roots(self, pl_module: Any) -> None:
+        """Let a task with networks that are quantized on demand know which patterns the run has."""
+        if self.recipe is not None and hasattr(pl_module, "offer_roots"):
+            pl_module.offer_roots(self.recipe.include)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """In `fit`: quantize here, on the device of this process."""
@@ -186,6 +203,7 @@ class Quantize(pl.Callback):
     def _apply(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self.active or self.report is not None or self.recipe is None:
             return
+        self._choose_roots(pl_module)
         if self._artefact is not None:
             if not self.paused:
                 self._load(self._artefact, pl_module)

@@ -54,12 +54,21 @@ class ClipQuantCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--quantize.*` and `--results`."""
+        """Add `--quantize.*`, `--results` and `--resume`."""
         from callbacks import Quantize
 
         parser.add_lightning_class_args(Quantize, "quantize")
         parser.add_argument("--results", type=str, default="results.json", help="Where the results are written (JSON).")
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Go on from the captions that an interrupted run left beside the results.",
+        )
         parser.link_arguments("results", "trainer.results")
+        parser.link_arguments("resume", "trainer.resume")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a `--quantize.load` takes the place of the recipes and widths that configuration files name."""
@@ -96,6 +105,8 @@ class ClipQuantCLI(LightningCLI):
         if trainer.is_global_zero and trainer.comparison is not None:
             console().print(comparison_table(trainer.comparison))
             console().print(f"written to {trainer.results}", style="dim", highlight=False)
+            if trainer.page is not None:
+                console().print(f"pictures with captions in {trainer.page}", style="dim", highlight=False)
 
 
 def main(args: Sequence[str] | None = None) -> int:

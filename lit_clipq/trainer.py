@@ -8,13 +8,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from lit_clipq.analysis.caption_run import CaptionedRow, CaptionFiles, captioned_rows, digest_of
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
@@ -40,6 +41,9 @@ class Quantizing(Protocol):
     dry_run: bool
     report: QuantizationReport | None
 
+    def fingerprint(self) -> str:
+        """Everything that decides the quantized network beside model and data."""
+
     @property
     def active(self) -> bool:
         """Whether the run quantizes anything."""
@@ -63,6 +67,8 @@ class Measurement:
     metrics: dict[str, float]
     scores: dict[str, Scores]
     samples: dict[str, int]
+    captioned: dict[str, CaptionedRow] = field(default_factory=dict)
+    """Caption, references and file of each picture by its id as text; of captioning only."""
 
 
 class QuantTrainer(Trainer):
@@ -71,15 +77,26 @@ class QuantTrainer(Trainer):
     Args:
         *args: Lightning's.
         results: Where `results.json` is written.
+        resume: Whether to go on from the captions that an interrupted run left beside `results`; captioning only.
         float_cache: Whether the float measurement is remembered between runs, by model, data and options.
         **kwargs: Lightning's.
     """
 
-    def __init__(self, *args: Any, results: str = "results.json", float_cache: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        results: str = "results.json",
+        resume: bool = False,
+        float_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.results = results
+        self.resume = resume
         self.float_cache = float_cache
         self.comparison: Comparison | None = None
+        self.page: Path | None = None
+        """The page of pictures with their captions, after a run of captioning."""
 
     def validate(  # type: ignore[override]
         self,
@@ -156,20 +173,32 @@ class QuantTrainer(Trainer):
             _check_writable(Path(self.results))
         callback.preflight(self, model, weights_are_final=ckpt_path is None)
         float_bytes = sum(stored_bytes(root) for root in model.roots().values())
-        measured = self._float_pass(run, callback, model, datamodule, ckpt_path)
+        captions = CaptionFiles.of(model, Path(self.results), resume=self.resume)
+        parts = self._fingerprint(model, datamodule, ckpt_path)
+        captions.begin_pass("float", parts)
+        measured = self._float_pass(run, callback, model, datamodule, parts)
+        captions.end_pass("float", measured.captioned, write=self.is_global_zero)
         outcome, quantized = [measured.metrics], measured
         if callback.active:
+            captions.begin_pass("quantized", None if parts is None else {**parts, "recipe": callback.fingerprint()})
             outcome = run()
             quantized = _measurement(model, datamodule)
+            captions.end_pass("quantized", quantized.captioned, write=self.is_global_zero)
         self.comparison = self._summarise(callback, model, float_bytes, measured, quantized)
         if self.is_global_zero:
             write_json(Path(self.results), self.comparison.to_json())
+            self.page = captions.write_page(measured, quantized if callback.active else None)
         return outcome
 
     def _float_pass(
-        self, run: Callable[[], Any], callback: Quantizing, model: Any, datamodule: Any, ckpt_path: str | Path | None
+        self,
+        run: Callable[[], Any],
+        callback: Quantizing,
+        model: Any,
+        datamodule: Any,
+        parts: dict[str, Any] | None,
     ) -> Measurement:
-        cache = self._cache_file(model, datamodule, ckpt_path)
+        cache = self._cache_file(parts)
         if cache is not None and (found := self._remembered(cache)) is not None:
             log.info("float measurement read from %s", cache)
             return found
@@ -197,7 +226,7 @@ class QuantTrainer(Trainer):
             raise ConfigError(f"the float measurement {cache} vanished while the run was starting; start it again")
         return found
 
-    def _cache_file(self, model: Any, datamodule: Any, ckpt_path: str | Path | None) -> Path | None:
+    def _cache_file(self, parts: dict[str, Any] | None) -> Path | None:
         """Name the file of this float measurement; `None` where it cannot be trusted to be the same.
 
         Ranks on other machines may see another cache folder, those that another program started (torchrun) another
@@ -205,12 +234,18 @@ class QuantTrainer(Trainer):
         """
         environment = getattr(self.strategy, "cluster_environment", None)
         apart = self.world_size > 1 and (environment is None or environment.creates_processes_externally)
-        if not self.float_cache or self.num_nodes > 1 or apart or not hasattr(datamodule, "fingerprint"):
+        if not self.float_cache or self.num_nodes > 1 or apart or parts is None:
+            return None
+        return cache_dir() / "float" / f"{digest_of(parts)[:32]}.json"
+
+    def _fingerprint(self, model: Any, datamodule: Any, ckpt_path: str | Path | None) -> dict[str, Any] | None:
+        """Return everything that decides the float measurement; `None` where the data cannot tell."""
+        if not hasattr(datamodule, "fingerprint"):
             return None
         datamodule.preprocessing = model.preprocessing
         datamodule.prepare_data()
         datamodule.setup("validate")
-        parts = {
+        return {
             "model": state_hash(model),
             "checkpoint": None if ckpt_path is None else hashlib.sha256(Path(ckpt_path).read_bytes()).hexdigest(),
             "task": type(model).__name__,
@@ -221,8 +256,6 @@ class QuantTrainer(Trainer):
             "device": self.strategy.root_device.type,
             "versions": versions(),
         }
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return cache_dir() / "float" / f"{digest[:32]}.json"
 
     def _summarise(
         self, callback: Quantizing, model: Any, float_bytes: int, measured: Measurement, quantized: Measurement
@@ -263,7 +296,7 @@ def _measurement(model: Any, datamodule: Any) -> Measurement:
     scores = {
         name: Scores(s.values.double().tolist(), s.clusters.tolist()) for name, s in model.sample_scores().items()
     }
-    return Measurement(model.results(), scores, counts)
+    return Measurement(model.results(), scores, counts, captioned_rows(model))
 
 
 def _read_measurement(path: Path) -> Measurement | None:
@@ -273,7 +306,7 @@ def _read_measurement(path: Path) -> Measurement | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         scores = {name: Scores(**value) for name, value in content["scores"].items()}
-        return Measurement(content["metrics"], scores, content["samples"])
+        return Measurement(content["metrics"], scores, content["samples"], content.get("captioned", {}))
     except (ValueError, KeyError, TypeError):
         log.warning("ignoring the damaged float measurement %s; it is measured again", path)
         return None

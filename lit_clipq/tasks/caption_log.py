@@ -61,6 +61,7 @@ class CaptionLog:
             for path in self._files():
                 found.update(read_captions(path))
             logger.info("%d captions found in %s", len(found), self.path)
+            self.captions.update(found)  # what this process writes next must not lose them
         return found
 
     def add(self, captions: Mapping[int, str]) -> None:
