@@ -1,6 +1,8 @@
 """Causal language models of transformers: loading by name or folder, with errors that say what is wrong."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +66,9 @@ def load_language_model(
         source = str(LANGUAGE_MODEL_DIR if random_weights else language_model_path())
     else:
         source = name
-    attention = {"attn_implementation": "eager"}
     try:
-        if random_weights:
-            config = transformers.AutoConfig.from_pretrained(source)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
-        else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **attention)
+        with _without_progress_bars(transformers):
+            model = _make(transformers, source, random_weights, dtype)
     except (OSError, ValueError, KeyError) as error:
         kind = "a folder" if Path(name).exists() else "neither a folder nor a model that could be fetched from the hub"
         raise ModelError(
@@ -83,6 +81,28 @@ def load_language_model(
     tokenizer = _load_tokenizer(transformers, source, name)
     start_id = _check_tokenizer(tokenizer, name, model.config.vocab_size, start_token)
     return LoadedLanguageModel(model.eval().to(device), tokenizer, name, start_id)
+
+
+def _make(transformers: Any, source: str, random_weights: bool, dtype: torch.dtype) -> nn.Module:
+    """Make the model with eager attention, whose products can be made explicit."""
+    factory = transformers.AutoModelForCausalLM
+    if random_weights:
+        config = transformers.AutoConfig.from_pretrained(source)
+        return factory.from_config(config, dtype=dtype, attn_implementation="eager")  # type: ignore[no-any-return]
+    return factory.from_pretrained(source, dtype=dtype, attn_implementation="eager")  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _without_progress_bars(transformers: Any) -> Iterator[None]:
+    """Keep transformers from drawing progress bars for files that are read at once."""
+    settings = transformers.utils.logging
+    shown = settings.is_progress_bar_enabled()
+    settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            settings.enable_progress_bar()
 
 
 def _transformers() -> Any:
