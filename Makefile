@@ -15,3 +15,4 @@ bench:
 	python -m benchmarks.throughput
 	python -m benchmarks.text_tower
 	python -m benchmarks.retrieval
+	python -m benchmarks.captioning

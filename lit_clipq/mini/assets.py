@@ -13,6 +13,8 @@ WEIGHTS_DIR = Path(__file__).parent / "weights"
 LANGUAGE_MODEL_DIR = WEIGHTS_DIR / "mini-gpt2"
 """Configuration, tokenizer and weights of the mini language model, as transformers reads them."""
 LANGUAGE_MODEL = "mini-gpt2"
+LANGUAGE_MODEL_HASH = "4c5ea73192a2974c191a151a1f857677c71ae2b472d7f652482e171584df8377"
+"""SHA-256 of its shipped weights."""
 MINI_MODELS: tuple[str, ...] = ("mini-vit", "mini-resnet", "mini-vit-outlier", "mini-resnet-outlier")
 WEIGHT_HASHES: dict[str, str] = {
     "mini-vit": "4bb2efc27f9f21abbd7bda095cf399f22cd86087e7afe17f8649abf055357210",

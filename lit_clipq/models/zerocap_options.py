@@ -84,7 +84,9 @@ PRESETS: dict[str, ZeroCapOptions] = {
     "magic": ZeroCapOptions(
         lm="cambridgeltl/magic_mscoco", start_token="<-start_of_text->", prefix="", beams=1, max_tokens=16
     ),
-    "mini": ZeroCapOptions(lm="mini-gpt2", prefix="a picture of", beams=2, candidates=64, iterations=3),
+    "mini": ZeroCapOptions(
+        lm="mini-gpt2", prefix="there is", max_tokens=16, candidates=12, step_size=1.0, ce_scale=2.0, fusion=0.8
+    ),
 }
 
 
