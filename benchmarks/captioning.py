@@ -81,7 +81,7 @@ def large(pictures: int) -> World:
     model = GPT2LMHeadModel._from_config(GPT2Config(), attn_implementation="eager").eval()
     lm = LoadedLanguageModel(model, BytePairs(model.config.vocab_size), "gpt2 (random weights)", start_id=0)
     clip = lit_clipq.load_clip("ViT-B-32-quickgelu")
-    options = {"lm": lm.name, "prefix": "Image of a", "candidates": 512, "iterations": 5, "beams": 1, "max_tokens": 3}
+    options = {"lm": lm.name, "prefix": "Image of a", "candidates": 512, "iterations": 5, "beams": 1, "max_tokens": 2}
     return World("ViT-B-32, GPT-2 (random weights)", clip, lm, torch.randn(pictures, 3, 224, 224), options)
 
 
@@ -124,11 +124,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """Parse the command line, run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worlds", nargs="+", choices=("mini", "large"), default=["mini", "large"])
-    parser.add_argument("--pictures", type=int, help="by default 4 of the mini world and 1 large one")
+    parser.add_argument("--pictures", type=int, help="by default 4 of the mini world and 2 large ones")
     options = parser.parse_args(args)
     held = True
     for name in options.worlds:
-        world = mini(options.pictures or 4) if name == "mini" else large(options.pictures or 1)
+        world = mini(options.pictures or 4) if name == "mini" else large(options.pictures or 2)
         held &= compare(world, "float")
         quantized(world.clip, world.images.shape[-1])
         held &= compare(world, "at 8 bits")

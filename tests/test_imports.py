@@ -29,7 +29,13 @@ ALLOWED = {
     },
     "lit_clipq.metrics": set(),
     "lit_clipq.tasks": {"lit_clipq.models", "lit_clipq.metrics"},
-    "lit_clipq.analysis": {"lit_clipq.metrics.functional", "lit_clipq.nn", "lit_clipq.recipes", "lit_clipq.calibration", "lit_clipq.models"},
+    "lit_clipq.analysis": {
+        "lit_clipq.metrics.functional",
+        "lit_clipq.nn",
+        "lit_clipq.recipes",
+        "lit_clipq.calibration",
+        "lit_clipq.models",
+    },
     "lit_clipq.trainer": {
         "lit_clipq.analysis",
         "lit_clipq.api",

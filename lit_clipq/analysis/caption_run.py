@@ -51,7 +51,9 @@ class CaptionFiles:
             ConfigError: `resume` for a task that writes no captions.
         """
         if resume and not hasattr(model, "begin_pass"):
-            raise ConfigError(f"--resume goes on with captions, which {type(model).__name__} does not write; leave it out")
+            raise ConfigError(
+                f"--resume goes on with captions, which {type(model).__name__} does not write; leave it out"
+            )
         return cls(model, results.parent, resume=resume)
 
     def begin_pass(self, name: str, parts: Mapping[str, Any] | None) -> None:
@@ -93,7 +95,9 @@ class CaptionFiles:
         ]
         path = self.folder / "captions.html"
         passes = [("float", measured), *([] if quantized is None else [("quantized", quantized)])]
-        notes = [f"CIDEr {name}: {100 * pass_.metrics['cider']:.2f} % of {len(rows):,} pictures" for name, pass_ in passes]
+        notes = [
+            f"CIDEr {name}: {100 * pass_.metrics['cider']:.2f} % of {len(rows):,} pictures" for name, pass_ in passes
+        ]
         write_caption_page(path, rows, f"Captions: {self.model.model_name}", notes)
         return path
 

@@ -46,8 +46,9 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
     """Rewrite attentions and bare projections in place; outputs stay equal within 1e-5 in float32.
 
     Every known attention becomes an `ExplicitAttention` with the children `qkv_proj` (or `q_proj` and `kv_proj`, or
-    three), `qk`, `av` and `out_proj`. `visual.proj` and `text_projection` Parameters become `Projection` layers,
-    whose weight is the transpose; GPT-2's `Conv1D` layers become `nn.Linear`. A second call changes nothing and returns the same records.
+    three), `qk`, `av` and `out_proj`. `visual.proj` and `text_projection` Parameters become `Projection` layers, whose
+    weight is the transpose; GPT-2's `Conv1D` layers become `nn.Linear`. A second call changes nothing and returns the
+    same records.
 
     Args:
         model: Any module tree; afterwards its state dict has other names.

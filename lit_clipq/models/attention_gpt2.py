@@ -15,6 +15,7 @@ class ExplicitGPT2(ExplicitAttention):
     """Counterpart of transformers' `GPT2Attention`: causal, with a cache of keys and values."""
 
     layer_idx: int
+    resid_dropout: nn.Module
 
     @classmethod
     def convert(cls, module: Any) -> "ExplicitGPT2":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clipq.models.encode import encode_text, text_lengths
-from lit_clipq.models.text_cache import MIN_ROWS, KeysValues, PrefixTextEncoder
+from lit_clipq.models.text_cache import KeysValues, PrefixTextEncoder, filled_up
 
 Context = tuple[int, ...]
 """Token ids of the language model."""
@@ -25,8 +25,9 @@ CHUNK = 512
 class CandidateTexts(Protocol):
     """Where the guidance gets embeddings of texts from."""
 
-    positions: int
-    """Token positions that the text tower has run so far."""
+    @property
+    def positions(self) -> int:
+        """Token positions that the text tower has run so far."""
 
     def begin(self, contexts: Sequence[Context]) -> None:
         """Name the contexts of the next calls."""
@@ -61,8 +62,7 @@ class _Tower:
             return torch.cat([self._embed(part) for part in tokens.split(CHUNK)])
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        missing = max(0, MIN_ROWS - len(tokens))
-        filled = torch.cat([tokens, tokens[:1].expand(missing, -1)])
+        filled = filled_up(tokens)
         self.positions += len(filled) * int(text_lengths(self.clip, filled).max())
         return F.normalize(encode_text(self.clip, filled)[: len(tokens)], dim=-1)
 
@@ -165,7 +165,7 @@ class SharedPrefixes:
     """Candidate texts computed once and only behind their context.
 
     An embedding depends on context and candidate alone, not on what else was asked for: texts run in groups of equal
-    shape, never fewer than `MIN_ROWS` together.
+    shape, few of them filled up (`text_cache.MIN_ROWS`).
 
     Args:
         clip: A CLIP for which `text_cache.why_not` has nothing to object.

@@ -62,13 +62,12 @@ def load_language_model(
             that are not finite.
     """
     transformers = _transformers()
+    source = name
     if name == LANGUAGE_MODEL:
         source = str(LANGUAGE_MODEL_DIR if random_weights else language_model_path())
-    else:
-        source = name
     try:
         with _without_progress_bars(transformers):
-            model = _make(transformers, source, random_weights, dtype)
+            model: Any = _make(transformers, source, random_weights, dtype)
     except (OSError, ValueError, KeyError) as error:
         kind = "a folder" if Path(name).exists() else "neither a folder nor a model that could be fetched from the hub"
         raise ModelError(

@@ -18,8 +18,8 @@ from lit_clipq.models.encode import end_token_root
 from lit_clipq.nn.attention import ExplicitAttention
 
 MIN_ROWS = 16
-"""Texts that run together at least; fewer are filled up. Matrix products of fewer rows take other kernels, which sum in
-another order, and then an embedding would depend on how many texts were computed beside it."""
+"""Rows that a matrix product has at least; fewer are filled up. Products of fewer rows take other kernels, which sum in
+another order, and then an embedding would depend on how much was computed beside it."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class PrefixTextEncoder:
         if objection or root is None:
             raise ValueError(f"expected a causal text tower pooled at its end token: {objection}")
         self.root: Any = root
-        self.blocks: list[Any] = list(root.transformer.resblocks)
+        self.blocks: list[Any] = list(self.root.transformer.resblocks)
         self.attentions = [_explicit(block) for block in self.blocks]
         self.positions = 0
 
@@ -78,7 +78,7 @@ class PrefixTextEncoder:
             Keys and values of all their positions.
         """
         kept: list[tuple[Tensor, Tensor]] = []
-        self._run(_filled_up(tokens), None, None, kept)
+        self._run(filled_up(tokens, tokens.shape[1]), None, None, kept)
         return KeysValues([(k[: len(tokens)], v[: len(tokens)]) for k, v in kept])
 
     def encode(self, endings: Tensor, prefixes: list[KeysValues], rows: Tensor, length: int) -> Tensor:
@@ -94,13 +94,13 @@ class PrefixTextEncoder:
             Embeddings (R, D), not normalised.
         """
         count = len(endings)
-        endings, rows = _filled_up(endings), _filled_up(rows)
+        endings, rows = filled_up(endings, endings.shape[1]), filled_up(rows, endings.shape[1])
         layers = [
             tuple(torch.cat([p.layers[i][j][:, :, :length] for p in prefixes]) for j in (0, 1))
             for i in range(len(self.blocks))
         ]
         x = self._run(endings, layers, rows, None)[:, -1]
-        x = self.root.ln_final(x)
+        x = self.root.ln_final(filled_up(x))
         projection = self.root.text_projection
         if projection is not None:
             x = projection(x) if isinstance(projection, nn.Module) else x @ projection
@@ -155,7 +155,7 @@ def _explicit(block: Any) -> Any:
     return attention if isinstance(attention, ExplicitAttention) else explicit_counterpart(attention, block)
 
 
-def _filled_up(rows: Tensor) -> Tensor:
-    """Repeat the first row until there are `MIN_ROWS`."""
-    missing = MIN_ROWS - len(rows)
-    return rows if missing <= 0 else torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])])
+def filled_up(x: Tensor, positions: int = 1) -> Tensor:
+    """Repeat the first row until the rows times their positions are `MIN_ROWS`."""
+    missing = -(-MIN_ROWS // positions) - len(x)
+    return x if missing <= 0 else torch.cat([x, x[:1].expand(missing, *x.shape[1:])])

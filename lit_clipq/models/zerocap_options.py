@@ -11,8 +11,11 @@ import numpy as np
 from lit_clipq.errors import ConfigError
 
 PICTURE_WORDS = frozenset(
-    "image images img photo photos photograph photographs photographer photography pic pics picture pictures picturing "
-    "pictured screenshot screenshots video videos thumbnail caption captions copyright getty stock".split()
+    (
+        *("image", "images", "img", "photo", "photos", "photograph", "photographs", "photographer", "photography"),
+        *("pic", "pics", "picture", "pictures", "picturing", "pictured", "screenshot", "screenshots", "thumbnail"),
+        *("video", "videos", "caption", "captions", "copyright", "getty", "stock"),
+    )
 )
 """Words about the picture itself; a caption that says "image of an image" scores well and tells nothing."""
 
@@ -82,7 +85,11 @@ class ZeroCapOptions:
 PRESETS: dict[str, ZeroCapOptions] = {
     "zerocap": ZeroCapOptions(),
     "magic": ZeroCapOptions(
-        lm="cambridgeltl/magic_mscoco", start_token="<-start_of_text->", prefix="", beams=1, max_tokens=16
+        lm="cambridgeltl/magic_mscoco",
+        start_token="<-start_of_text->",  # noqa: S106 - a token of a text
+        prefix="",
+        beams=1,
+        max_tokens=16,
     ),
     "mini": ZeroCapOptions(
         lm="mini-gpt2", prefix="there is", max_tokens=16, candidates=12, step_size=1.0, ce_scale=2.0, fusion=0.8

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_clipq.errors import ModelError
 from lit_clipq.models.language import LoadedLanguageModel
-from lit_clipq.models.text_cache import MIN_ROWS
+from lit_clipq.models.text_cache import filled_up
 from lit_clipq.models.zerocap_options import ZeroCapOptions, forbidden_tokens
 
 Cache = list[Tensor]
@@ -34,8 +34,8 @@ class CaptionModel:
         ends = loaded.tokenizer(options.end_token, add_special_tokens=False).input_ids
         if len(ends) != 1:
             raise ModelError(
-                f"the end token {options.end_token!r} is {len(ends)} tokens of language model {loaded.name!r}; give one "
-                "that is a single token (--model.options.end_token)"
+                f"the end token {options.end_token!r} is {len(ends)} tokens of language model {loaded.name!r}; give a "
+                "single token (--model.options.end_token)"
             )
         self.end_id: int = ends[0]
         prefix = loaded.tokenizer(options.prefix, add_special_tokens=False).input_ids if options.prefix else []
@@ -46,7 +46,8 @@ class CaptionModel:
                 f"the language model {loaded.name!r} reads {longest} tokens, but prefix and caption may have "
                 f"{len(self.start) + options.max_tokens}; lower --model.max_tokens"
             )
-        self.vocabulary: int = self.model.config.vocab_size
+        config: Any = self.model.config
+        self.vocabulary: int = config.vocab_size
         forbidden = forbidden_tokens(options, loaded.tokenizer, self.end_id)
         self.forbidden = torch.tensor(forbidden, dtype=torch.int64, device=self.device)
 
@@ -62,7 +63,7 @@ class CaptionModel:
     def next_logits(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Run tokens behind a cache.
 
-        Fewer than `MIN_ROWS` texts are filled up, so that a text's result does not depend on those beside it.
+        Few texts are filled up (`text_cache.MIN_ROWS`), so that a text's result does not depend on those beside it.
 
         Args:
             tokens: int64 (R, T).
@@ -76,22 +77,15 @@ class CaptionModel:
         rows = len(tokens)
         pairs = None
         if cache is not None and cache[0].shape[2]:
-            filled = [_filled_up(x) for x in cache]
+            filled = [filled_up(x) for x in cache]
             pairs = list(zip(filled[::2], filled[1::2], strict=True))
-        past = DynamicCache(pairs)
-        logits = self.model(input_ids=_filled_up(tokens), past_key_values=past, use_cache=True).logits
+        past: Any = DynamicCache(pairs)
+        logits = self.model(input_ids=filled_up(tokens), past_key_values=past, use_cache=True).logits
         kept = [x[:rows] for layer in past.layers for x in (layer.keys, layer.values)]
         return logits[:rows, -1], kept
 
 
-def _filled_up(x: Tensor) -> Tensor:
-    missing = MIN_ROWS - len(x)
-    return x if missing <= 0 else torch.cat([x, x[:1].expand(missing, *x.shape[1:])])
-
-
-def guidance_loss(
-    log_p: Tensor, log_p0: Tensor, candidates: Tensor, target: Tensor, options: ZeroCapOptions
-) -> Tensor:
+def guidance_loss(log_p: Tensor, log_p0: Tensor, candidates: Tensor, target: Tensor, options: ZeroCapOptions) -> Tensor:
     """Return what the shifted cache minimises, summed over texts (arXiv 2111.14447, equations 4 and 5).
 
     sum over texts of clip_scale CE(target, p) + ce_scale KL(p || p0).

@@ -54,7 +54,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
 
 def test_a_start_token_that_is_not_there_is_refused():
     with pytest.raises(ModelError, match=r"has no token '<begin>'"):
-        load_language_model("mini-gpt2", start_token="<begin>")
+        load_language_model("mini-gpt2", start_token="<begin>")  # noqa: S106
 
 
 def test_weights_that_are_not_finite_are_refused(folder):
@@ -94,9 +94,7 @@ def test_explicit_gpt2_computes_the_same_with_and_without_a_cache():
 def test_variants_of_gpt2_that_are_not_known_stay_fused_with_the_reason():
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        "gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=20, reorder_and_upcast_attn=True
-    )
+    config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=20, reorder_and_upcast_attn=True)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     (record,) = make_explicit(model)
     assert not record.explicit

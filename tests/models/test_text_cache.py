@@ -46,6 +46,8 @@ def test_positions_count_what_was_run():
     kept = encoder.keys_values(tokens[:, :5].expand(20, -1))
     encoder.encode(tokens[:, 5:8].expand(17, -1), [kept.row(0)], torch.zeros(17, dtype=torch.int64), 5)
     assert encoder.positions == 20 * 5 + 17 * 3
+    encoder.encode(tokens[:, 5:8], [kept.row(0)], torch.zeros(1, dtype=torch.int64), 5)
+    assert encoder.positions == 20 * 5 + 17 * 3 + 6 * 3  # filled up to 16 rows of a product
 
 
 def test_towers_that_are_not_causal_or_not_known_are_refused_with_the_reason():
@@ -66,8 +68,32 @@ def test_tokens_word_by_word_are_those_of_the_tokenizer(model):
 
         clip, tokenizer = tower()[0], SimpleTokenizer()
     words = WordTokens(clip, tokenizer)
-    prefixes = ["", "Image of a", "a picture of a bl", "it's ", "a &amp; b", "caf\u00e9 in", "two  spaces", "a" * 40 + " b" * 40]
-    pieces = ["", " dog", "ue", "'s", ".", "...", "\n", " 12", "!x", "\u00e9", " &lt;", "<end_of_text>", "  ", " UPPER case"]
+    prefixes = [
+        "",
+        "Image of a",
+        "a picture of a bl",
+        "it's ",
+        "a &amp; b",
+        "caf\u00e9 in",
+        "two  spaces",
+        "a" * 40 + " b" * 40,
+    ]
+    pieces = [
+        "",
+        " dog",
+        "ue",
+        "'s",
+        ".",
+        "...",
+        "\n",
+        " 12",
+        "!x",
+        "\u00e9",
+        " &lt;",
+        "<end_of_text>",
+        "  ",
+        " UPPER case",
+    ]
     for prefix in prefixes:
         for piece, got in zip(pieces, words.continuations(prefix, pieces), strict=True):
             row = tokenizer([prefix + piece])[0].tolist()

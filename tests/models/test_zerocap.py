@@ -80,7 +80,9 @@ def test_a_caption_does_not_depend_on_the_pictures_beside_it(quantized):
     options = zerocap_options("mini", **FEW)
     together = make_captioner(clip, tokenizer, lm, options).captions(images)
     apart = make_captioner(clip, tokenizer, lm, options)
-    assert [apart.captions(images[i : i + 1])[0] for i in (4, 0, 5, 1, 3, 2)] == [together[i] for i in (4, 0, 5, 1, 3, 2)]
+    assert [apart.captions(images[i : i + 1])[0] for i in (4, 0, 5, 1, 3, 2)] == [
+        together[i] for i in (4, 0, 5, 1, 3, 2)
+    ]
 
 
 def test_a_small_memory_forgets_without_changing_captions():
@@ -193,4 +195,4 @@ def test_the_caption_model_refuses_captions_longer_than_the_language_model_reads
     with pytest.raises(ModelError, match=r"reads 48 tokens.*lower --model.max_tokens"):
         CaptionModel(mini_lm(torch.float32), zerocap_options("mini", max_tokens=60))
     with pytest.raises(ModelError, match="single token"):
-        CaptionModel(mini_lm(torch.float32), zerocap_options("mini", end_token="the end"))
+        CaptionModel(mini_lm(torch.float32), zerocap_options("mini", end_token="the end"))  # noqa: S106

@@ -185,7 +185,9 @@ def test_running_out_of_memory_names_the_knobs(error):
 
     task.caption_images(torch.zeros(1, 3, 64, 64))
     task._captioner.captions = fail
-    with pytest.raises(ConfigError, match=r"2 pictures x 3 beams x 8 candidates; lower --data.batch_size, --model.beams"):
+    with pytest.raises(
+        ConfigError, match=r"2 pictures x 3 beams x 8 candidates; lower --data.batch_size, --model.beams"
+    ):
         task.caption_images(torch.zeros(2, 3, 64, 64))
 
 

@@ -32,9 +32,7 @@ def test_the_loss_is_that_of_a_loop_over_tokens_that_count():
     logits = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
     ids = torch.randint(0, 5, (2, 4), generator=generator)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
-    losses = [
-        -logits[b, t].log_softmax(0)[ids[b, t + 1]].item() for b in range(2) for t in range(3) if mask[b, t + 1]
-    ]
+    losses = [-logits[b, t].log_softmax(0)[ids[b, t + 1]].item() for b in range(2) for t in range(3) if mask[b, t + 1]]
     assert len(losses) == 4
     assert next_token_loss(logits, ids, mask).item() == pytest.approx(sum(losses) / 4, rel=1e-6)
 
