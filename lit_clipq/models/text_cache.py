@@ -60,11 +60,11 @@ class PrefixTextEncoder:
 
     def __init__(self, model: nn.Module) -> None:
         objection = why_not(model)
-        root = end_token_root(model)
-        if objection or root is None:
+        if objection:
             raise ValueError(f"expected a causal text tower pooled at its end token: {objection}")
-        self.root: Any = root
-        self.blocks: list[Any] = list(self.root.transformer.resblocks)
+        root: Any = end_token_root(model)
+        self.root = root
+        self.blocks: list[Any] = list(root.transformer.resblocks)
         self.attentions = [_explicit(block) for block in self.blocks]
         self.positions = 0
 
