@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.calibration.distributed import gather
-from lit_clipq.calibration.engine import Calibration, count_samples, searched_layers
+from lit_clipq.calibration.distributed import check_same_on_all_ranks, gather
+from lit_clipq.calibration.engine import Calibration, count_samples, one_of_each_kind, searched_layers
 from lit_clipq.calibration.layer_search import LayerResult
-from lit_clipq.calibration.profile import Profile, profile
+from lit_clipq.calibration.profile import Profile, merged, profile
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, make_explicit
 from lit_clipq.nn.modules import QModule
@@ -84,7 +84,7 @@ def quantize(
         ConfigError: For a pattern that matches nothing, or a network without layers that are to be quantized.
         ModelError: For weights that are not finite.
         CalibrationError: For an empty calibration set, layers it does not reach, NaN or Inf on the way, a memory limit
-            below what is needed.
+            below what is needed, ranks that hold different networks.
 
     Example:
         >>> from lit_clipq.models import load_clip
@@ -104,6 +104,7 @@ def quantize(
         if all(recipe.bits.of(tower) == (FLOAT_BITS, FLOAT_BITS) for tower in towers(roots)):
             return QuantizationReport(name_of(recipe), QuantizationMap(), 0.0, float_bytes, float_bytes, 0, 0, 0, {})
         _check_weights(roots)
+        check_same_on_all_ranks(roots)
         for root in roots.values():
             root.eval()
             fold_batchnorm(root)
@@ -119,7 +120,8 @@ def quantize(
         cost = _measure(roots, layers, batches, forward)
         planned = planned.with_macs(cost.macs)
         samples = sum(count_samples(batch) for batch in batches)
-        calibration = Calibration(roots, layers, planned, batches, forward, cost, samples, memory_limit_bytes)
+        most = max(gather(samples))
+        calibration = Calibration(roots, layers, planned, batches, forward, cost, most, memory_limit_bytes)
         if progress is not None:
             tell, total = progress, len(searched_layers(calibration))
             calibration.progress = lambda name: tell(name, len(calibration.results), total)
@@ -166,13 +168,12 @@ def _run(recipe: Recipe, calibration: Calibration) -> None:
 
 
 def _measure(roots: Mapping[str, nn.Module], layers: list[Any], batches: Iterable[Batch], forward: Forward) -> Profile:
-    """Profile the first batch; under several ranks the first rank that has one speaks for all."""
-    first = next(iter(batches), None)
-    own = profile(roots, layers, forward, first, count_samples(first)) if first is not None else None
-    found = next((p for p in gather(own) if p is not None), None)
-    if found is None:
+    """Profile one batch of each kind, over all ranks; every rank gets the same."""
+    own = [profile(roots, layers, forward, batch, count_samples(batch)) for batch in one_of_each_kind(batches)]
+    found = [measured for profiles in gather(own) for measured in profiles]
+    if not found:
         raise CalibrationError("the calibration set is empty; give at least one batch (calibration_samples >= 1)")
-    return found
+    return merged(found)
 
 
 def _check_weights(roots: Mapping[str, nn.Module]) -> None:

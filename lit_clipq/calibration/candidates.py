@@ -1,5 +1,6 @@
 """Families of candidate grids for one operand: a start (min-max) and what each index stands for."""
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -30,6 +31,14 @@ class Candidates(ABC):
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """Round `x` to the grids that `index` (channels,) names."""
 
+    def pooled(self, sums: Tensor) -> Tensor:
+        """Add sums (*, out) of the channels of a product up to (*, channels), those of the scales."""
+        return sums if sums.shape[-1] == self.channels else sums.sum(-1, keepdim=True)
+
+    def every(self, step: int) -> "Candidates":  # noqa: ARG002 - for those without channels
+        """Return the candidates for every n-th channel of the operand."""
+        return self
+
     @abstractmethod
     def commit(self, index: Tensor) -> None:
         """Give the quantizer the grid that `index` names."""
@@ -43,39 +52,62 @@ class UniformCandidates(Candidates):
         low: Minimum of the operand, scale shape.
         high: Maximum, same shape.
         multipliers: Factors on the scale, increasing.
-        ties: Group of each channel, int64, where channels share a factor (one scale for each of q, k and v).
+        segments: Channels that share a factor, in order, where they do (one scale for each of q, k and v).
     """
 
     def __init__(
-        self, quantizer: UniformQuantizer, low: Tensor, high: Tensor, multipliers: Tensor, ties: Tensor | None = None
+        self,
+        quantizer: UniformQuantizer,
+        low: Tensor,
+        high: Tensor,
+        multipliers: Tensor,
+        segments: tuple[int, ...] = (),
     ) -> None:
         self.quantizer = quantizer
         quantizer.set_range(low, high)
         self.scale, self.zero_point = quantizer._need("scale").clone(), quantizer._need("zero_point").clone()
         self.multipliers = multipliers.to(self.scale.device)
         self.count = len(multipliers)
-        self.ties = ties
-        self.channels = int(ties.max()) + 1 if ties is not None else self.scale.numel()
+        self.channels = len(segments) or self.scale.numel()
         nearest = int((multipliers - 1).abs().argmin())
         self.start = torch.full((self.channels,), nearest, device=self.scale.device)
+        sizes = torch.tensor(segments, dtype=torch.int64)
+        self.segment_of = torch.repeat_interleave(sizes).to(self.scale.device) if segments else None
 
-    def _scale(self, index: Tensor) -> Tensor:
-        factors = self.multipliers[index]
-        if self.ties is not None:
-            factors = factors[self.ties]
+    def scale_of(self, index: Tensor) -> Tensor:
+        """Return the scale that `index` (channels,) names, of the scale shape."""
+        factors = self.multipliers[index if self.segment_of is None else index[self.segment_of]]
         return self.scale * factors.reshape(self.scale.shape)
+
+    def pooled(self, sums: Tensor) -> Tensor:
+        """Add sums up within each segment."""
+        if self.segment_of is None:
+            return super().pooled(sums)
+        return sums @ torch.nn.functional.one_hot(self.segment_of, self.channels).to(sums)
+
+    def every(self, step: int) -> "UniformCandidates":
+        """Return the candidates for every n-th channel of the operand."""
+        if step == 1 or not self.scale.dim():
+            return self
+        some = copy.copy(self)
+        some.scale, some.zero_point = self.scale[::step], self.zero_point[::step]
+        if self.segment_of is not None:
+            some.segment_of = self.segment_of[::step]
+        else:
+            some.channels = len(some.scale)
+        return some
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """Round to the scaled grids."""
         q = self.quantizer
         if q.symmetric and isinstance(q.granularity, PerChannel):  # torch's fused operator would wait for the device
-            scale = broadcastable(self._scale(index), x, q.granularity)
+            scale = broadcastable(self.scale_of(index), x, q.granularity)
             return x.mul(1.0 / scale).round_().clamp_(q.qmin, q.qmax).mul_(scale)
-        return fake_quantize(x, self._scale(index), self.zero_point, q.qmin, q.qmax, q.granularity)
+        return fake_quantize(x, self.scale_of(index), self.zero_point, q.qmin, q.qmax, q.granularity)
 
     def commit(self, index: Tensor) -> None:
         """Set the scaled grids."""
-        self.quantizer.load_parameters(self._scale(index), self.zero_point)
+        self.quantizer.load_parameters(self.scale_of(index), self.zero_point)
 
 
 class SoftmaxCandidates(Candidates):
@@ -165,11 +197,11 @@ class CandidateGrid:
     powers_of_two: bool = False
     """Twin grids: the two steps differ by a power of two, so that integer hardware needs shifts only."""
 
-    def of(self, quantizer: Quantizer, low: Tensor, high: Tensor, ties: Tensor | None = None) -> Candidates:
-        """Return the candidates for a quantizer whose operand spans [low, high]."""
+    def of(self, quantizer: Quantizer, low: Tensor, high: Tensor, segments: tuple[int, ...] = ()) -> Candidates:
+        """Return the candidates for a quantizer whose operand spans [low, high]; see `UniformCandidates`."""
         multipliers = linear_multipliers(self.count, self.low, self.high)
         if isinstance(quantizer, UniformQuantizer) and isinstance(quantizer.granularity, PerTensor | PerChannel):
-            return UniformCandidates(quantizer, low, high, multipliers, ties)
+            return UniformCandidates(quantizer, low, high, multipliers, segments)
         if isinstance(quantizer, TwinSoftmaxQuantizer):
             return SoftmaxCandidates(quantizer, self.count, powers_of_two=self.powers_of_two, device=low.device)
         if isinstance(quantizer, TwinGeluQuantizer):

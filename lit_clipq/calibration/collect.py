@@ -60,11 +60,13 @@ class Rows:
         lengths: Valid positions of each text, int64 (B,), where the text tower is causal and pooled at its end token;
             `None` elsewhere. Positions behind the end never reach the output.
         drop_start: Whether the first position is left out as well, because its keys and values are constants.
+        sizes: How many pictures, texts and so on the batch has, where they are not all `len(samples)`.
     """
 
     samples: Tensor
     lengths: Tensor | None = None
     drop_start: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Recorder:
     seen: dict[str, list[Observations]] = field(default_factory=dict)
     text: frozenset[str] = frozenset()
     averages: frozenset[str] = frozenset()
-    _held: list[tuple[str, Tensor, int]] = field(default_factory=list)
+    _open: list["_Open"] = field(default_factory=list)
 
     def watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         """Return the forward hook of layer `name`."""
@@ -95,7 +97,8 @@ class Recorder:
             unit = _Units(module, self.rows, name in self.text, name in self.averages)
             record = Observations(tuple(self._store(x) for x in unit.operands(inputs)), unit.keys(output))
             self.seen.setdefault(name, []).append(record)
-            self._held += [(name, x, x._version) for x in record.inputs]
+            zeros = output.detach().new_zeros(()).expand(output.shape)
+            self._open.append(_Open(name, record, tuple(x._version for x in record.inputs), unit, zeros))
             if not self.gradients:
                 return None
             # A clone, because what follows may work in place (ReLU), and a leaf must not be changed.
@@ -110,23 +113,35 @@ class Recorder:
         return hook
 
     def finish_batch(self) -> None:
-        """Check what was kept of a batch, after its backward pass.
-
-        A call whose output got no gradient gets zeros.
+        """End a batch, after its backward pass: calls whose output got no gradient get zeros.
 
         Raises:
             CalibrationError: If an operand was changed in place after its layer had read it.
         """
-        for name, x, version in self._held:
-            if x._version != version:
+        for call in self._open:
+            record = call.record
+            if tuple(x._version for x in record.inputs) != call.versions:
                 raise CalibrationError(
-                    f"the input of layer {name} was changed in place after the layer had read it, so what was kept "
-                    "of it is wrong; write that operation out of place or exclude the layer"
+                    f"the input of layer {call.name} was changed in place after the layer had read it, so what was "
+                    "kept of it is wrong; write that operation out of place or exclude the layer"
                 )
-        self._held.clear()
+            if self.gradients and record.weight is None:
+                record.weight = self._store(call.unit.product(call.zeros).contiguous())
+        self._open.clear()
 
     def _store(self, x: Tensor) -> Tensor:
         return x.detach().to(self.dtype) if self.dtype is not None else x.detach()
+
+
+@dataclass
+class _Open:
+    """A call of the batch at hand: its record, and what is needed to check and complete it."""
+
+    name: str
+    record: Observations
+    versions: tuple[int, ...]
+    unit: "_Units"
+    zeros: Tensor
 
 
 @contextmanager
@@ -216,7 +231,7 @@ class _Units:
             lead = output.shape[:1]
         else:
             lead = output.shape[: -2 if isinstance(self.module, QMatMul) else -1]
-        keys = _numbered(lead, self.rows.samples.to(output.device))
+        keys = _numbered(lead, self.rows, output.device)
         if not isinstance(self.module, QMatMul | QConv2d) and self._masked(output):
             keys = keys[self._valid(output)]
         return keys.reshape(-1)
@@ -255,21 +270,19 @@ class _Units:
         return (a, b[..., 1:]) if self.rows.drop_start else (a, b)
 
 
-def _numbered(lead: torch.Size, samples: Tensor) -> Tensor:
+def _numbered(lead: torch.Size, rows: Rows, device: torch.device) -> Tensor:
     """Return a key for each unit of the leading shape, int64, of that shape.
 
-    The first axis that is as long as the batch, or a multiple of it (windows, heads beside samples), is taken for the
-    samples; units of a layer that sees none (a table of positions) are numbered by place alone.
+    The samples are the first axis that is as long as a part of the batch (pictures, texts), else axis 0 where it is a
+    multiple of that (windows or heads beside samples). Units of a layer that sees no samples (a table of positions) are
+    numbered by place alone.
     """
-    total = lead.numel()
-    place = torch.arange(total, device=samples.device).reshape(lead)
-    for axis, length in enumerate(lead):
-        if len(samples) and length % len(samples) == 0:
-            shape = [1] * len(lead)
-            shape[axis] = length
-            sample = torch.arange(len(samples), device=samples.device).repeat_interleave(length // len(samples))
-            inner = place.movedim(axis, 0).reshape(length, -1)
-            inner = inner - inner[:: length // len(samples), :1].repeat_interleave(length // len(samples), 0)
-            inner = inner.reshape(length, *(n for i, n in enumerate(lead) if i != axis)).movedim(0, axis)
-            return samples[sample].reshape(shape) * _PLACES + inner
-    return place
+    sizes = rows.sizes or (len(rows.samples),)
+    found = next(((axis, length) for axis, length in enumerate(lead) if length in sizes), None)
+    axis, size = found or (0, next((size for size in sizes if size and lead[:1].numel() % size == 0), 0))
+    if not size:
+        return torch.arange(lead.numel(), device=device).reshape(lead)
+    shape = (lead[:axis].numel(), size, lead[axis : axis + 1].numel() // size, lead[axis + 1 :].numel())
+    samples = rows.samples[:size].to(device).view(1, size, 1, 1)
+    place = torch.arange(shape[0] * shape[2] * shape[3], device=device).view(shape[0], 1, *shape[2:])
+    return (samples * _PLACES + place).reshape(lead)

@@ -1,9 +1,10 @@
 """The stage on which a recipe's handler works: the networks, the plan for their layers, the calibration batches."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.layer_search import LayerResult
@@ -13,6 +14,17 @@ from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.swap import Layer, MapEntry, QuantizationMap, swap, unswap
 
 _FLOAT_BYTES = 4
+_WORKING_COPIES = 3  # of a layer's operands and outputs in its search
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How observations are kept between a pass and the search."""
+
+    element_bytes: int = _FLOAT_BYTES
+    """Size of an element: 4 in float32, 2 in bfloat16."""
+    gradients: bool = True
+    """Whether squared output gradients are kept beside the operands."""
 
 
 @dataclass
@@ -26,7 +38,7 @@ class Calibration:
         batches: Calibration batches; iterated once a pass.
         forward: Runs the networks on a batch and returns the outputs that matter, by name.
         cost: What the layers see of one sample.
-        samples: Calibration samples of this rank.
+        samples: Calibration samples of the rank that has most, so that all ranks plan the same passes.
         memory_limit_bytes: Bound on stored operands, gradients and search workspace; `None` is no bound.
         modules: Q-modules by name, once swapped.
         results: How the search of each layer went, where the recipe searches.
@@ -57,56 +69,83 @@ class Calibration:
         unswap(self.roots, self.layers, self.modules)
         self.modules = {}
 
-    def stored_bytes(self, name: str) -> int:
-        """Predict the bytes of a layer's operands and squared output gradients over this rank's samples."""
-        elements = self.cost.input_elements.get(name, 0.0) + self.cost.output_elements.get(name, 0.0)
-        return int(elements * self.samples * _FLOAT_BYTES)
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next((p.device for root in self.roots.values() for p in root.parameters()), torch.device("cpu"))
+
+    def stored_bytes(self, name: str, storage: Storage) -> int:
+        """Predict the bytes of a layer's operands and squared output gradients over the samples of a rank."""
+        elements = self.cost.input_elements.get(name, 0.0)
+        if storage.gradients:
+            elements += self.cost.output_elements.get(name, 0.0)
+        return int(elements * self.samples * storage.element_bytes)
 
     def workspace_bytes(self, name: str) -> int:
         """Predict the bytes that the search of a layer needs on top: rounded operands, targets, candidates' outputs."""
-        elements = 2 * self.cost.input_elements.get(name, 0.0) + 3 * self.cost.output_elements.get(name, 0.0)
-        return int(elements * self.samples * _FLOAT_BYTES)
+        elements = self.cost.input_elements.get(name, 0.0) + self.cost.output_elements.get(name, 0.0)
+        return int(_WORKING_COPIES * elements * self.samples * _FLOAT_BYTES)
 
-    def groups(self, fixed: Sequence[Sequence[str]] | None = None) -> list[list[str]]:
+    def groups(self, storage: Storage | None = None) -> list[list[str]]:
         """Split the layers that the plan quantizes into as few passes as the memory limit allows, in order.
 
+        The same on every rank.
+
         Args:
-            fixed: Groups to check against the limit instead.
+            storage: How observations are kept.
 
         Raises:
-            CalibrationError: If the limit is below what one group or layer needs; says how much that is.
+            CalibrationError: If the limit is below what one layer needs; says how much that is.
         """
-        names = searched_layers(self)
-        groups: list[list[str]] = [list(group) for group in fixed] if fixed is not None else _packed(self, names)
-        limit = self.memory_limit_bytes
-        for group in groups:
-            if limit is not None and self.group_bytes(group) > limit:
+        limit, groups = self.memory_limit_bytes, [[]]  # type: tuple[int | None, list[list[str]]]
+        storage = storage or Storage()
+        for name in searched_layers(self):
+            if limit is not None and self.group_bytes([name], storage) > limit:
                 raise CalibrationError(
-                    f"calibrating {group[0]} needs {self.group_bytes(group) / 1e9:.3f} GB beside the model, the limit "
-                    f"is {limit / 1e9:.3f} GB; raise memory_limit_gb or lower calibration_samples"
+                    f"calibrating {name} needs {self.group_bytes([name], storage) / 1e9:.3f} GB beside the model, the "
+                    f"limit is {limit / 1e9:.3f} GB; raise memory_limit_gb or lower calibration_samples"
                 )
-        return groups
+            if limit is not None and groups[-1] and self.group_bytes([*groups[-1], name], storage) > limit:
+                groups.append([])
+            groups[-1].append(name)
+        return [group for group in groups if group]
 
-    def group_bytes(self, group: Sequence[str]) -> int:
+    def group_bytes(self, group: Sequence[str], storage: Storage | None = None) -> int:
         """Predict the bytes that a pass over the given layers and their search need."""
-        stored = sum(self.stored_bytes(name) for name in group)
+        stored = sum(self.stored_bytes(name, storage or Storage()) for name in group)
         return stored + max((self.workspace_bytes(name) for name in group), default=0)
 
 
-def _packed(calibration: Calibration, names: Sequence[str]) -> list[list[str]]:
-    groups: list[list[str]] = [[]]
-    for name in names:
-        limit = calibration.memory_limit_bytes
-        if limit is not None and groups[-1] and calibration.group_bytes([*groups[-1], name]) > limit:
-            groups.append([])
-        groups[-1].append(name)
-    return [group for group in groups if group]
+def sample_counts(batch: Any) -> tuple[int, ...]:
+    """Return the different numbers of samples that the tensors of a batch hold, largest first."""
+    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    return tuple(sorted({len(x) for x in tensors if isinstance(x, Tensor) and x.dim()}, reverse=True)) or (1,)
 
 
 def count_samples(batch: Any) -> int:
     """Return the number of samples in a batch: the length of its longest tensor."""
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
-    return max((len(x) for x in tensors if isinstance(x, Tensor)), default=1)
+    return sample_counts(batch)[0]
+
+
+def one_of_each_kind(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the first batch of each kind: which parts it has, of what types and with how many axes.
+
+    A set of pairs has one kind; one whose pictures and texts come in batches of their own has two.
+    """
+    seen = set()
+    for batch in batches:
+        kind = _kind(batch)
+        if kind not in seen:
+            seen.add(kind)
+            yield batch
+
+
+def _kind(batch: Any) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.dtype, batch.dim()
+    if isinstance(batch, Mapping):
+        return tuple((name, _kind(value)) for name, value in batch.items())
+    return tuple(_kind(value) for value in batch) if isinstance(batch, list | tuple) else type(batch)
 
 
 def searched_layers(calibration: Calibration) -> list[str]:

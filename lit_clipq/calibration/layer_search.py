@@ -1,24 +1,33 @@
 """Search the grids of one layer: weight and operands in turn, each coarse to fine."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from torch import Tensor
-from torch import distributed as dist
+from torch import Tensor, nn
 
-from lit_clipq.calibration.candidates import CandidateGrid, Candidates
+from lit_clipq.calibration.candidates import CandidateGrid, Candidates, UniformCandidates
 from lit_clipq.calibration.collect import Observations
-from lit_clipq.calibration.distributed import gather
+from lit_clipq.calibration.distributed import gather, sum_over_ranks
+from lit_clipq.calibration.units import Draw, joined, thinned, with_influence
 from lit_clipq.errors import CalibrationError
+from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
-from lit_clipq.functional.search import COARSE_TO_FINE, Round, coarse_to_fine
+from lit_clipq.functional.search import (
+    LINEAR_ROUNDS,
+    PRODUCT_ROUNDS,
+    TABLES,
+    Round,
+    Table,
+    coarse_to_fine,
+)
 from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
-from lit_clipq.nn.quantizer import UniformQuantizer
 
-Distance = Literal["hessian", "l2", "l1", "cosine"]
+Operands = tuple[Tensor, ...]
+_APART = 4  # candidates of the last operand in the first table
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,15 @@ class SearchOptions:
 
     grid: CandidateGrid = field(default_factory=CandidateGrid)
     """Which candidates are offered."""
-    rounds: tuple[Round, ...] = COARSE_TO_FINE
-    """In which order they are tried; weight and operands are searched in turn in each round."""
+    tables: tuple[Table, ...] = TABLES
+    """Comparisons of both operands at once, to begin with; with none, the search begins from min-max."""
+    linear_rounds: tuple[Round, ...] = LINEAR_ROUNDS
+    """Searches of a weight and its input in turn."""
+    product_rounds: tuple[Round, ...] = PRODUCT_ROUNDS
+    """Searches of the operands of an attention product in turn."""
+    from_min_max: bool = False
+    """Whether an operand that was not searched yet is rounded to its min-max grid, instead of left float, while others
+    are searched."""
     distance: Distance = "hessian"
     """Weighted squared error, plain squared error, absolute error or 1 - cosine."""
 
@@ -52,249 +68,287 @@ class LayerResult:
 class LayerSearch:
     """The search of one layer's grids over what was observed of it.
 
+    Units whose output gradients are all zero count for the ranges but not for the objective.
+
     Args:
-        module: Q-module in its float phase, with quantizers without parameters.
-        seen: Observations of this rank; a rank may have none.
+        module: Q-module in its float phase, in float32, with quantizers without parameters.
+        seen: Observations of this rank, of which there may be none; the list is emptied.
         options: How to search.
+        name: How errors call the layer.
+        device: Where the ranks exchange; by default that of the weight or of the observations.
+
+    Raises:
+        CalibrationError: If no rank observed anything, operands are not finite, or gradients are missing.
     """
 
-    def __init__(self, module: QModule, seen: list[Observations], options: SearchOptions) -> None:
-        self.module = module
-        self.options = options
-        self.all = _merge(seen)
-        for seen_ in self.all:
-            if seen_.target is None:
-                seen_.target = self._product(seen_.inputs)
-        self.weight_axis = 1 if isinstance(module, QConv2d) else -1
-        self.candidates = self._candidates()
-        self.chosen = {name: family.start for name, family in self.candidates.items()}
+    @torch.no_grad()
+    def __init__(
+        self,
+        module: QModule,
+        seen: list[Observations],
+        options: SearchOptions,
+        *,
+        name: str = "",
+        device: torch.device | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.module, self.options, self.name = module, options, name
+        self.weight = module.weight.detach() if isinstance(module, QWeighted) else None
+        self.bias = module.bias.detach() if isinstance(module, QWeighted) and module.bias is not None else None
+        found = (self.weight, *(x for o in seen for x in o.inputs))
+        self.device = device or next((x.device for x in found if x is not None), torch.device("cpu"))
+        self.data = joined(seen)
+        self.candidates = self._candidates(self.data)
+        self.spans: dict[str, tuple[int, int]] = {}  # of operands that count as float, because they were not searched
+        self._start_from_min_max()
+        self.unit = 1.0
+        if options.distance == "hessian":
+            if any(o.weight is None for o in self.data):
+                raise CalibrationError(f"the Hessian-weighted distance of {name} needs output gradients, got none")
+            self.data = with_influence(self.data)
+            self.unit = self._unit()
+        for o in self.data:
+            o.inputs = tuple(x.float() for x in o.inputs)
+            o.weight = o.weight.float() / self.unit if options.distance == "hessian" and o.weight is not None else None
+            o.target = self._product(o.inputs, self.weight, self.bias) if o.target is None else o.target
 
     @torch.no_grad()
     def run(self) -> LayerResult:
         """Search, give the quantizers their parameters, and say how it went."""
-        started = time.perf_counter()
-        before = self._total(self._loss("", None, self.all))
-        for round_ in self.options.rounds:
-            data = self.all if round_.sample == 1 else [_sampled(o, round_.sample) for o in self.all]
-            for name, family in self.candidates.items():
-                if family.count > 1:
-                    evaluate = self._evaluator(name, data, round_.alone)
-                    self.chosen[name] = coarse_to_fine(evaluate, family.count, self.chosen[name], round_)
-        after = self._total(self._loss("", None, self.all))
-        if after > before:  # what is best on the sample may be worse on everything
-            after = before
-            self.chosen = {name: family.start for name, family in self.candidates.items()}
+        before, costs = self._assess()
+        draw = Draw(self.data, costs, self.device, self._convolution)
+        if not self.options.from_min_max:
+            self.spans = {name: (0, self.candidates[name].count - 1) for name in self._searched}
+        self._search_jointly(self.options.tables, draw)
+        for round_ in self.options.product_rounds if self.weight is None else self.options.linear_rounds:
+            self._search(round_, draw)
+        after, sqnr_db, clipped = self._judge()
+        if after > before:  # what is best on a sample may be worse on everything
+            self._start_from_min_max()
+            self._search(Round(), draw)
+            after, sqnr_db, clipped = self._judge()
         for name, family in self.candidates.items():
             family.commit(self.chosen[name])
-        return LayerResult(before, after, *self._quality(), time.perf_counter() - started)
+        return LayerResult(before * self.unit, after * self.unit, sqnr_db, clipped, time.perf_counter() - self.started)
 
     @torch.no_grad()
     def mean_error(self) -> Tensor:
         """Return E[O^ - O] of each output channel, float32 (channels,), over all ranks; after `run`."""
-        channels = cast(QWeighted, self.module).weight.shape[0]
-        total = torch.zeros(channels + 1, dtype=torch.float64, device=self._device())
+        channels = cast(Tensor, self.weight).shape[0]
+        total = torch.zeros(channels + 1, dtype=torch.float64, device=self.device)
         weight = self._rounded_weight()
-        for seen in self.all:
-            error = self._product(self._rounded_inputs(seen, skip=""), weight) - cast(Tensor, seen.target)
-            rows = error.movedim(self.weight_axis, -1).reshape(-1, channels)
+        for o in self.data:
+            error = self._product(self._rounded_inputs(o), weight, self.bias) - cast(Tensor, o.target)
+            rows = error.movedim(_channel_axis(o), -1).reshape(-1, channels)
             total[:-1] += rows.sum(0, dtype=torch.float64)
             total[-1] += len(rows)
-        total = _sum_over_ranks(total)
+        total = sum_over_ranks(total)
         return (total[:-1] / total[-1].clamp(min=1)).float()
 
-    def _candidates(self) -> dict[str, Candidates]:
+    def _unit(self) -> float:
+        """Return the power of two below the largest weight of an error, over all ranks.
+
+        Divided by it, weighted errors stay clear of subnormal numbers, on which processors are ten times slower.
+        """
+        largest = [float(o.weight.max()) for o in self.data if o.weight is not None and len(o.keys)]
+        top = max((x for rank in gather(largest) for x in rank), default=0.0)
+        return 2.0 ** math.floor(math.log2(top)) if top > 0 else 1.0
+
+    @property
+    def _convolution(self) -> QConv2d | None:
+        """The layer, if it is a convolution whose output positions are rows of a linear layer."""
+        return self.module if isinstance(self.module, QConv2d) and self.module.groups == 1 else None
+
+    @property
+    def _searched(self) -> list[str]:
+        """Operands with more than one candidate: the weight first."""
+        return [name for name, family in self.candidates.items() if family.count > 1]
+
+    def _start_from_min_max(self) -> None:
+        self.chosen = {name: family.start for name, family in self.candidates.items()}
+        self.spans = {}
+
+    def _search_jointly(self, tables: tuple[Table, ...], draw: Draw) -> None:
+        """Choose where to begin: the last operand's grid whose best partner is the best."""
+        if self._searched[:1] != ["weight"] or len(self._searched) != 2 or not tables:
+            return
+        if isinstance(self.module, QConv2d) and self._convolution is None:
+            return
+        _, last = self._searched
+        count = self.candidates[last].count
+        inputs = torch.arange(_APART // 2, count, _APART, device=self.device)
+        for table in tables:
+            losses = self._table(inputs, draw, table)
+            best = losses.amin(0).sum(-1).argsort(stable=True)[: table.keep]
+            partners = losses[:, best[0]].argmin(0) * table.spacing
+            around = torch.arange(-table.spread, table.spread + 1, device=self.device)
+            inputs = (inputs[best, None] + around).clamp(0, count - 1).flatten()
+        self.chosen[last] = inputs[:1]
+        low, high = torch.stack(partners.aminmax()).tolist()
+        self.spans = {"weight": (low, min(high + table.spacing, self.candidates["weight"].count) - 1)}
+
+    def _table(self, inputs: Tensor, draw: Draw, table: Table) -> Tensor:
+        """Return the objective, float64 (M, X, C), by the weight's candidates and the given ones (X,) of the input."""
+        weight, last = cast(Tensor, self.weight), self._searched[1]
+        data = draw.about(table.sample)
+        rows = not isinstance(self.module, QConv2d) or draw.thins(table.sample)
+        step = max(1, len(weight) // table.channels) if rows else 1
+        data = thinned(data, step) if step > 1 else data
+        family, offered = self.candidates["weight"].every(step), self.candidates[last]
+        weight, bias = weight[::step], None if self.bias is None else self.bias[::step]
+        rounded = [[offered.apply(o.inputs[0], x[None]) for x in inputs] for o in data]
+        losses = []
+        for index in range(table.spacing // 2, family.count, table.spacing):
+            candidate = family.apply(weight, torch.full((family.channels,), index, device=self.device))
+            sums = torch.stack([self._zeros(len(weight), per_channel=True)] * len(inputs))
+            for o, operands in zip(data, rounded, strict=True):
+                for i, x in enumerate(operands):
+                    sums[i] += self._compare(self._product((x,), candidate, bias), o, per_channel=True)
+            losses.append(distance_from_sums(sum_over_ranks(family.pooled(sums)), self.options.distance))
+        return torch.stack(losses)
+
+    def _search(self, round_: Round, draw: Draw) -> None:
+        """Search one operand after the other."""
+        for name in self._searched:
+            evaluate, recheck = (self._evaluator(name, draw.about(n)) for n in (round_.sample, round_.recheck))
+            self.chosen[name] = coarse_to_fine(
+                evaluate,
+                self.candidates[name].count,
+                self.chosen[name],
+                round_,
+                span=self.spans.pop(name, None),
+                recheck=recheck if round_.finalists > 1 else None,
+            )
+
+    def _candidates(self, data: list[Observations]) -> dict[str, Candidates]:
         grid, module, found = self.options.grid, self.module, {}
-        if isinstance(module, QWeighted) and module.weight_quantizer is not None:
-            weight, quantizer = module.weight.detach(), module.weight_quantizer
-            ties = None
-            if isinstance(quantizer.granularity, PerTensor) and isinstance(quantizer, UniformQuantizer):
-                ties = _segments(module)
-                quantizer.granularity = PerChannel(0)
-            low, high = extrema(weight, quantizer.granularity)
-            if ties is not None:
-                low = torch.stack([low[ties == i].min() for i in range(int(ties.max()) + 1)])[ties]
-                high = torch.stack([high[ties == i].max() for i in range(int(ties.max()) + 1)])[ties]
-            found["weight"] = grid.of(quantizer, low, high, ties)
+        quantizer = module.weight_quantizer if isinstance(module, QWeighted) else None
+        if self.weight is not None and quantizer is not None:
+            segments = tuple(getattr(module, "segments", ()))
+            if isinstance(quantizer.granularity, PerTensor) and len(segments) > 1:
+                quantizer.granularity = PerChannel(0)  # the channels of one projection share a scale
+                low, high = (_shared(x, segments) for x in extrema(self.weight, quantizer.granularity))
+                found["weight"] = grid.of(quantizer, low[0], high[1], segments)
+            else:
+                found["weight"] = grid.of(quantizer, *extrema(self.weight, quantizer.granularity))
         for i, name in enumerate(module.operands):
-            if name in module.operand_quantizers:
-                low, high = self._range(i)
-                found[name] = grid.of(module.operand_quantizers[name], low, high)
+            operand = module.operand_quantizers.get(name)
+            if operand is not None:
+                found[name] = grid.of(operand, *self._range(data, i))
         return found
 
-    def _range(self, operand: int) -> tuple[Tensor, Tensor]:
-        own = [extrema(o.inputs[operand].float(), PerTensor()) for o in self.all]
-        pieces = [(low.cpu(), high.cpu()) for low, high in own]
-        everyone = [piece for rank in gather(pieces) for piece in rank]
-        if not everyone:
-            raise CalibrationError("a layer saw 0 calibration batches; give batches that reach it or exclude it")
-        device = self._device()
-        return (
-            torch.stack([low for low, _ in everyone]).min().to(device),
-            torch.stack([high for _, high in everyone]).max().to(device),
-        )
+    def _range(self, data: list[Observations], operand: int) -> tuple[Tensor, Tensor]:
+        own = [torch.stack(extrema(o.inputs[operand].float(), PerTensor())).cpu() for o in data if len(o.keys)]
+        pieces = [piece for rank in gather(own) for piece in rank]
+        if not pieces:
+            raise CalibrationError(
+                f"layer {self.name} saw 0 calibration batches; give batches that reach it (pictures for the image "
+                "tower, texts for the text tower) or exclude it"
+            )
+        low, high = torch.stack(pieces).unbind(1)
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            raise CalibrationError(
+                f"layer {self.name} received NaN or Inf in calibration; check the calibration samples and the weights "
+                "in front of it"
+            )
+        return low.min().to(self.device), high.max().to(self.device)
 
-    def _device(self) -> torch.device:
-        if isinstance(self.module, QWeighted):
-            return self.module.weight.device
-        return self.all[0].inputs[0].device if self.all else torch.device("cpu")
-
-    def _product(self, inputs: tuple[Tensor, ...], weight: Tensor | None = None) -> Tensor:
-        operands = tuple(x.float() for x in inputs)
-        if isinstance(self.module, QWeighted):
-            return self.module.product_with(weight if weight is not None else self.module.weight.detach(), *operands)
-        return self.module.product(*operands)
-
-    def _evaluator(self, name: str, data: list[Observations], alone: bool) -> Callable[[Tensor], Tensor]:
-        """Return the objective by the indices of operand `name`; everything else is rounded once, or float."""
-        if alone:
-            rounded = [tuple(x.float() for x in seen.inputs) for seen in data]
-            weight = self.module.weight.detach() if isinstance(self.module, QWeighted) else None
-        else:
-            rounded = [self._rounded_inputs(seen, skip=name) for seen in data]
-            weight = self._rounded_weight() if name != "weight" else None
-        return lambda index: self._loss(name, index, data, inputs=rounded, weight=weight)
+    def _product(self, inputs: Operands, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return the product; rows or patches of a convolution go through it as through a linear layer."""
+        if weight is None:
+            return inputs[0] @ inputs[1]
+        x = inputs[0]
+        if x.dim() < 4:  # the rows of a linear layer, or patches
+            return torch.nn.functional.linear(x, weight.flatten(1), bias)
+        return nn.Conv2d._conv_forward(cast(nn.Conv2d, self.module), x, weight, bias)
 
     def _rounded_weight(self) -> Tensor | None:
-        if not isinstance(self.module, QWeighted):
-            return None
-        weight = self.module.weight.detach()
-        if "weight" in self.candidates:
-            return self.candidates["weight"].apply(weight, self.chosen["weight"])
-        return weight
+        return None if self.weight is None else self._rounded("weight", self.weight)
 
-    def _rounded_inputs(self, seen: Observations, skip: str) -> tuple[Tensor, ...]:
+    def _rounded_inputs(self, o: Observations, skip: str = "") -> Operands:
         return tuple(
-            x.float()
-            if name == skip or name not in self.candidates
-            else self.candidates[name].apply(x.float(), self.chosen[name])
-            for name, x in zip(self.module.operands, seen.inputs, strict=True)
+            x if name == skip else self._rounded(name, x)
+            for name, x in zip(self.module.operands, o.inputs, strict=True)
         )
 
-    def _loss(
-        self,
-        name: str,
-        index: Tensor | None,
-        data: list[Observations],
-        *,
-        inputs: list[tuple[Tensor, ...]] | None = None,
-        weight: Tensor | None = None,
-    ) -> Tensor:
-        """Return the objective over all ranks, float64 (channels of operand `name`,), with it rounded by `index`."""
-        family = self.candidates.get(name)
-        channels = family.channels if family is not None else 1
-        if name == "weight" and family is not None and index is not None:
-            weight = family.apply(cast(QWeighted, self.module).weight.detach(), index)
-        elif weight is None:
-            weight = self._rounded_weight()
-        total = torch.zeros(channels, dtype=torch.float64, device=self._device())
-        for i, seen in enumerate(data):
-            operands = inputs[i] if inputs is not None else self._rounded_inputs(seen, skip="")
-            if name and name != "weight" and family is not None and index is not None:
-                operands = tuple(
-                    family.apply(x, index) if operand == name else x
-                    for operand, x in zip(self.module.operands, operands, strict=True)
-                )
-            output = self._product(operands, weight)
-            loss = self._distance(output, cast(Tensor, seen.target), seen.weight, per_channel=name == "weight")
-            total += self._tie(loss, family) if name == "weight" else loss
-        return _sum_over_ranks(total)
+    def _rounded(self, name: str, x: Tensor) -> Tensor:
+        if name in self.spans or name not in self.candidates:
+            return x
+        return self.candidates[name].apply(x, self.chosen[name])
 
-    def _distance(self, output: Tensor, target: Tensor, weight: Tensor | None, *, per_channel: bool) -> Tensor:
-        """Return the distance, float64: (channels,) of the product where asked for, else (1,)."""
-        axis = self.weight_axis
-        if self.options.distance == "cosine":
-            along = [d for d in range(output.dim()) if d != axis % output.dim()] if per_channel else [axis]
-            dot = (output * target).sum(along)
-            norms = output.square().sum(along) * target.square().sum(along)
-            cosine = dot / norms.clamp(min=1e-20).sqrt()
-            return (1 - cosine).double() if per_channel else (1 - cosine).sum(dtype=torch.float64).reshape(1)
-        error = output.sub_(target)
-        if self.options.distance == "l1":
-            error = error.abs_()
-        else:
-            error = error.square_()
-            if self.options.distance == "hessian":
-                if weight is None:
-                    raise CalibrationError("the Hessian-weighted distance needs output gradients, got none")
-                error = error.mul_(weight)
-        if not per_channel:
-            return error.sum(dtype=torch.float64).reshape(1)
-        return error.movedim(axis, -1).reshape(-1, error.shape[axis]).sum(0).double()
+    def _evaluator(self, name: str, data: list[Observations]) -> Callable[[Tensor], Tensor]:
+        """Return the objective by the indices of operand `name`, the others as chosen so far."""
+        family, of_weight = self.candidates[name], name == "weight"
+        inputs = [self._rounded_inputs(o, skip=name) for o in data]
+        weight = self.weight if of_weight else self._rounded_weight()
+        place = 0 if of_weight else self.module.operands.index(name)
 
-    def _tie(self, loss: Tensor, family: Candidates | None) -> Tensor:
-        ties = getattr(family, "ties", None)
-        if ties is None:
-            return loss
-        summed = torch.zeros(int(ties.max()) + 1, dtype=loss.dtype, device=loss.device)
-        return summed.index_add(0, ties, loss)
+        def evaluate(index: Tensor) -> Tensor:
+            candidate = family.apply(self.weight, index) if of_weight and self.weight is not None else weight
+            sums = self._zeros(len(weight) if of_weight and weight is not None else 1, per_channel=of_weight)
+            for operands, o in zip(inputs, data, strict=True):
+                if not of_weight:
+                    operands = (*operands[:place], family.apply(operands[place], index), *operands[place + 1 :])
+                sums += self._compare(self._product(operands, candidate, self.bias), o, per_channel=of_weight)
+            return distance_from_sums(sum_over_ranks(family.pooled(sums)), self.options.distance)
 
-    @staticmethod
-    def _total(loss: Tensor) -> float:
-        return float(loss.sum())
+        return evaluate
 
-    def _quality(self) -> tuple[float, float]:
-        """Return (SQNR in dB, share of clipped operand elements) over all ranks."""
-        signal = noise = clipped = elements = 0.0
-        weight = self._rounded_weight()
-        for seen in self.all:
-            rounded = self._rounded_inputs(seen, skip="")
-            target = cast(Tensor, seen.target)
-            noise += float((self._product(rounded, weight) - target).square().sum(dtype=torch.float64))
-            signal += float(target.square().sum(dtype=torch.float64))
-            for name, x, r in zip(self.module.operands, seen.inputs, rounded, strict=True):
-                quantizer = self.module.operand_quantizers.get(name)
-                if isinstance(quantizer, UniformQuantizer) and quantizer.scale is not None:
-                    clipped += float(((x.float() - r).abs() > quantizer.scale * 0.5001).sum())
-                    elements += x.numel()
-        rows = gather((signal, noise, clipped, elements))
-        signal, noise, clipped, elements = (sum(column) for column in zip(*rows, strict=True))
-        sqnr = 10 * torch.log10(torch.tensor(max(signal, 1e-300) / max(noise, 1e-300), dtype=torch.float64))
-        return float(sqnr), clipped / elements if elements else 0.0
+    def _zeros(self, channels: int = 1, *, per_channel: bool = False) -> Tensor:
+        """Return sums of nothing, which is what a rank without observations has."""
+        kinds = sums_of(self.options.distance, per_channel=per_channel)
+        return torch.zeros(kinds, channels, dtype=torch.float64, device=self.device)
+
+    def _compare(self, output: Tensor, o: Observations, *, per_channel: bool) -> Tensor:
+        return distance_sums(
+            output,
+            cast(Tensor, o.target),
+            o.weight,
+            self.options.distance,
+            axis=_channel_axis(o),
+            per_channel=per_channel,
+        )
+
+    def _assess(self) -> tuple[float, list[Tensor]]:
+        """Return the objective of the chosen grids over all ranks, and what each unit of this rank costs."""
+        total, costs, weight = self._zeros(), [], self._rounded_weight()
+        for o in self.data:
+            cost = self._product(self._rounded_inputs(o), weight, self.bias)
+            total += self._compare(cost, o, per_channel=False)
+            # cost holds the weighted squared errors now
+            by_position = cost.dim() == 4 and self._convolution is not None
+            costs.append(cost.sum(1).flatten(1) if by_position else cost.flatten(1).sum(1))
+        return distance_from_sums(sum_over_ranks(total), self.options.distance).item(), costs
+
+    def _judge(self) -> tuple[float, float, float]:
+        """Return (objective, SQNR in dB, share of clipped operand elements) of the chosen grids over all ranks."""
+        total, weight = self._zeros(), self._rounded_weight()
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # signal, noise, clipped, elements
+        for o in self.data:
+            rounded, target = self._rounded_inputs(o), cast(Tensor, o.target)
+            output = self._product(rounded, weight, self.bias)
+            for i, x in enumerate((target, output - target)):
+                sums[i] += x.square().flatten(0, -2).sum(0).sum(dtype=torch.float64)
+            total += self._compare(output, o, per_channel=False)
+            for name, x, r in zip(self.module.operands, o.inputs, rounded, strict=True):
+                family = self.candidates.get(name)
+                if isinstance(family, UniformCandidates):
+                    sums[2] += ((x - r).abs_() > family.scale_of(self.chosen[name]) * 0.5001).sum()
+                    sums[3] += x.numel()
+        signal, noise, clipped, elements = sum_over_ranks(sums).tolist()
+        objective = distance_from_sums(sum_over_ranks(total), self.options.distance).item()
+        sqnr = 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300))
+        return objective, sqnr, clipped / elements if elements else 0.0
 
 
-def _segments(module: QWeighted) -> Tensor:
-    """Return the group of each output channel: one for each projection that shares the product."""
-    sizes = getattr(module, "segments", (module.weight.shape[0],))
-    return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(module.weight.device)
+def _channel_axis(o: Observations) -> int:
+    return -3 if cast(Tensor, o.target).dim() == 4 else -1
 
 
-def _merge(seen: list[Observations]) -> list[Observations]:
-    """Join observations whose units have the same shape."""
-    groups: dict[tuple[torch.Size, ...], list[Observations]] = {}
-    for o in seen:
-        groups.setdefault(tuple(x.shape[1:] for x in o.inputs), []).append(o)
-    return [_join(group) for group in groups.values()]
-
-
-def _join(group: list[Observations]) -> Observations:
-    if len(group) == 1:
-        return group[0]
-    columns = zip(*(o.inputs for o in group), strict=True)
-    weights = [o.weight for o in group if o.weight is not None]
-    targets = [o.target for o in group if o.target is not None]
-    return Observations(
-        tuple(torch.cat(column) for column in columns),
-        torch.cat([o.keys for o in group]),
-        torch.cat(weights) if weights else None,
-        torch.cat(targets) if targets else None,
-    )
-
-
-def _sampled(seen: Observations, every: int) -> Observations:
-    return seen.select(_hashed(seen.keys) % every == 0)
-
-
-def _hashed(keys: Tensor) -> Tensor:
-    """Mix the bits of int64 keys; neighbours become unrelated. Non-negative."""
-    mixed = (keys * 0x9E3779B1) & 0x7FFFFFFF
-    mixed = mixed ^ (mixed >> 15)
-    return (mixed * 0x85EBCA6B >> 7) & 0x7FFFFFFF
-
-
-def _sum_over_ranks(loss: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(loss)
-    return loss
+def _shared(values: Tensor, segments: tuple[int, ...]) -> Tensor:
+    """Return (minimum, maximum) of each segment of values (channels,), repeated for its channels: (2, channels)."""
+    parts = values.split(segments)
+    return torch.cat([torch.stack(part.aminmax())[:, None].expand(2, len(part)) for part in parts], dim=1)
 
 
 def summarise(results: Mapping[str, LayerResult], worst: int = 5) -> list[str]:

@@ -6,46 +6,29 @@ taken between the float network and itself has no gradient at all.
 """
 
 import logging
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_clipq.calibration.collect import Observations
 from lit_clipq.calibration.distributed import gather
 from lit_clipq.errors import CalibrationError
 
 log = logging.getLogger(__name__)
-_NOISE = 1e-5
-
-
-@dataclass(frozen=True)
-class Fisher:
-    """Diagonal Fisher information of the image-text softmax.
-
-    With p = softmax(image @ text^T / temperature) along both axes, a class y is drawn from p for every picture and
-    every text, and `-sum log p(y)` is differentiated. The expected squared gradient is the diagonal of the Fisher
-    information (Kunstner et al., arXiv 1905.12558); labels are not used. CLIP's own temperature of 0.01 makes p almost
-    one-hot, so that few samples decide everything.
-    """
-
-    temperature: float = 0.1
-    """Divides the cosine similarities."""
-
-
-@dataclass(frozen=True)
-class GaussNewton:
-    """Diagonal of J^T J, with J the Jacobian of the outputs.
-
-    The outputs of each sample are weighted by a random direction of length 1; the expected squared gradient is
-    diag(J^T J) / d (Hutchinson's estimator).
-    """
-
-
-Objective = Fisher | GaussNewton
+_NOISE = 1e-5  # a softmax whose largest slope is below is one-hot
+_ROUNDING = 1e-14  # of squared float32 gradients, against the layer with the largest
 
 
 def contrastive_cotangents(image: Tensor, text: Tensor, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return the gradients of `-sum log p(y)` by the embeddings, for drawn y.
+
+    With p = softmax(image @ text^T / temperature) along both axes, a class y is drawn from p for every picture and
+    every text. The expected squared gradient is the diagonal of the Fisher information (Kunstner et al., arXiv
+    1905.12558); labels are not used. CLIP's own temperature of 0.01 makes p almost one-hot, so that few samples decide
+    everything.
 
     Args:
         image: Embeddings of length 1, (N, D), in global order.
@@ -88,6 +71,9 @@ def _score(logits: Tensor, generator: torch.Generator) -> Tensor:
 def random_directions(shape: torch.Size, keys: Tensor, seed: int) -> Tensor:
     """Return random signs scaled to length 1 for each sample, (B, *) float32.
 
+    With v such a direction of d elements and J the Jacobian of a sample's outputs, the expected square of J^T v is
+    diag(J^T J) / d, the Gauss-Newton diagonal (Hutchinson's estimator).
+
     Args:
         shape: Shape of the outputs, samples first.
         keys: Global sample numbers int64 (B,): the direction of a sample depends on its number and the seed alone.
@@ -107,10 +93,51 @@ def effective_sample_size(cotangents: Tensor) -> float:
     return (weight.sum().square() / weight.square().sum()).item()
 
 
-def in_global_order(own: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather rows of all ranks and sort them by sample number; returns (rows, positions of the own rows)."""
-    pieces = gather((own.cpu(), samples.cpu()))
-    rows = torch.cat([rows for rows, _ in pieces])
-    numbers = torch.cat([numbers for _, numbers in pieces])
-    order = numbers.argsort()
-    return rows[order], torch.searchsorted(numbers[order], samples.cpu())
+def named_outputs(outputs: Any) -> Mapping[str, Tensor]:
+    """Return what a calibration forward gave as tensors by name; a bare tensor is called `output`.
+
+    Raises:
+        CalibrationError: If it is neither a tensor nor a dictionary of tensors.
+    """
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    if isinstance(outputs, Mapping) and all(isinstance(value, Tensor) for value in outputs.values()):
+        return outputs
+    raise CalibrationError(
+        f"a gradient objective needs a calibration forward that returns tensors by name, got {type(outputs).__name__}; "
+        "return the outputs that matter, or take another distance"
+    )
+
+
+def back_propagate(outputs: Mapping[str, Tensor], cotangents: Mapping[str, Tensor]) -> None:
+    """Back-propagate the cotangents; outputs without one, or that no recorded layer leads to, are left out."""
+    names = [name for name, value in outputs.items() if value.requires_grad and name in cotangents]
+    if names:
+        torch.autograd.backward([outputs[name] for name in names], [cotangents[name] for name in names])
+
+
+def check_gradients(names: Sequence[str], seen: Mapping[str, Sequence[Observations]]) -> None:
+    """Check, over all ranks, that each layer received gradients that can be relied on.
+
+    Raises:
+        CalibrationError: On every rank, if the squared gradients of a layer add up to NaN, Inf, zero, or what rounding
+            alone gives; names the layer.
+    """
+    own = [
+        torch.stack([o.weight.sum(dtype=torch.float64) for o in seen[name] if o.weight is not None]).sum().item()
+        if any(o.weight is not None for o in seen.get(name, ()))
+        else 0.0
+        for name in names
+    ]
+    totals = [sum(rank) for rank in zip(*gather(own), strict=True)]
+    for name, total in zip(names, totals, strict=True):
+        if not math.isfinite(total):
+            raise CalibrationError(
+                f"layer {name} received NaN or Inf as gradient; check the calibration samples, or calibrate in float32"
+            )
+    for name, total in zip(names, totals, strict=True):
+        if total <= _ROUNDING * max(totals):
+            raise CalibrationError(
+                f"layer {name} received no gradient beyond rounding (sum of squares {total:.1e}): the calibrated "
+                "outputs do not depend on it; exclude it or take an objective whose outputs do"
+            )

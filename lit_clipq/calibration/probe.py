@@ -1,7 +1,7 @@
 """What stands in front of a layer, found by running the network and not by names.
 
-A layer's operand is the output of an activation if it is the very tensor that the activation returned; it is a softmax
-if its rows are non-negative and add up to 1.
+A layer's operand is the output of an activation if it is the very tensor that the activation returned, its memory still
+taken by it and not written to since; it is a softmax if its rows are non-negative and add up to 1.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.swap import Layer
@@ -32,46 +33,78 @@ class Probe:
     averages: set[str] = field(default_factory=set)
 
 
-def probe(roots: Mapping[str, nn.Module], layers: Iterable[Layer], forward: Callable[[Any], Any], batch: Any) -> Probe:
-    """Run one batch and look at what reaches each layer.
+def probe(
+    roots: Mapping[str, nn.Module], layers: Iterable[Layer], forward: Callable[[Any], Any], batches: Iterable[Any]
+) -> Probe:
+    """Run batches and look at what reaches each layer; what does not hold in every call does not count.
 
     Args:
         roots: Named networks, float.
         layers: Their quantizable layers.
         forward: Runs the networks on a batch.
-        batch: A calibration batch.
+        batches: Calibration batches; one of each kind will do.
     """
-    result = Probe()
-    produced: dict[tuple[int, torch.Size], tuple[nn.Module, Tensor]] = {}
+    minima: dict[str, set[float | None]] = {}
+    averages: dict[str, bool] = {}
+    produced: dict[tuple[int, torch.Size], _Product] = {}
+    known: dict[nn.Module, float | None] = {}
 
     def remember(module: nn.Module, _: Tensors, output: Any) -> None:
         if isinstance(output, Tensor):
-            produced[output.data_ptr(), output.shape] = (module, output)  # held, so that the address stays taken
+            produced[output.data_ptr(), output.shape] = _Product(module, output)
 
     def look(layer: Layer) -> Callable[[nn.Module, Tensors], None]:
         def hook(_: nn.Module, inputs: Tensors) -> None:
             if isinstance(layer.module, MatMul):
-                if _is_softmax(inputs[0]):
-                    result.averages.add(layer.name)
+                averages[layer.name] = averages.get(layer.name, True) and _is_softmax(inputs[0])
                 return
             source = produced.get((inputs[0].data_ptr(), inputs[0].shape))
-            if source is not None:
-                minimum = minimum_of(source[0])
-                if minimum is not None:
-                    result.minima[layer.name] = minimum
+            minimum = None
+            if source is not None and source.is_still(inputs[0]):
+                if source.module not in known:
+                    known[source.module] = minimum_of(source.module)
+                minimum = known[source.module]
+            minima.setdefault(layer.name, set()).add(minimum)
 
         return hook
 
     with ExitStack() as stack, torch.no_grad():
         for root in roots.values():
             for module in root.modules():
-                plain = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
-                if plain and not isinstance(module, nn.Identity | nn.Dropout | MatMul):
+                bare = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+                if bare and not isinstance(module, nn.Identity | nn.Dropout | MatMul):
                     stack.callback(module.register_forward_hook(remember).remove)
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(look(layer)).remove)
-        forward(batch)
+        for batch in batches:
+            forward(batch)
+    alike = {name: next(iter(found)) for name, found in minima.items() if len(found) == 1}
+    return Probe(
+        {name: minimum for name, minimum in alike.items() if minimum is not None},
+        {name for name, holds in averages.items() if holds},
+    )
+
+
+def joined(probes: Iterable[Probe]) -> Probe:
+    """Join what ranks found; ranks without batches found nothing."""
+    result = Probe()
+    for one in probes:
+        result.minima.update(one.minima)
+        result.averages |= one.averages
     return result
+
+
+class _Product:
+    """The tensor that an activation returned, known by its memory, which is not kept from being freed or changed."""
+
+    def __init__(self, module: nn.Module, output: Tensor) -> None:
+        self.module = module
+        self.storage = StorageWeakRef(output.untyped_storage())
+        self.version = output._version
+
+    def is_still(self, x: Tensor) -> bool:
+        """Whether `x`, at the same address, is that tensor with the same values."""
+        return not self.storage.expired() and x._version == self.version
 
 
 def _is_softmax(x: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What one forward pass costs: multiply-accumulates of every product, and the size of what a layer sees."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,19 @@ def profile(
     rest = counter.get_total_flops() / 2 / samples - sum(result.macs.values())
     if rest > 1e-3 * sum(result.macs.values()):
         result.macs[f"{'+'.join(roots)} (products outside of layers)"] = rest
+    return result
+
+
+def merged(profiles: Iterable[Profile]) -> Profile:
+    """Join profiles of different batches or ranks: of each name the largest count."""
+    result = Profile()
+    for one in profiles:
+        for counts, new in (
+            (result.macs, one.macs),
+            (result.input_elements, one.input_elements),
+            (result.output_elements, one.output_elements),
+        ):
+            counts.update({name: max(value, counts.get(name, 0.0)) for name, value in new.items()})
     return result
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 Ranges = dict[tuple[str, str], tuple[Tensor, Tensor]]
 
 
-def collect_ranges(
-    modules: Mapping[str, QModule],
-    calibration: "Calibration",
-    text_lengths: Callable[[Any], Tensor | None] = lambda _: None,
-) -> Ranges:
+def collect_ranges(modules: Mapping[str, QModule], calibration: "Calibration", rows: Rows | None = None) -> Ranges:
     """Run the calibration batches and return {(layer, operand): (minimum, maximum)} over all ranks.
 
     Each has the scale shape of the operand's quantizer, on the layer's device. The hooks are removed however this
@@ -32,14 +28,13 @@ def collect_ranges(
     Args:
         modules: Layers by name.
         calibration: Batches and how to run them.
-        text_lengths: Maps a batch to the valid positions of each text, int64 (B,), or `None` where all are; what the
-            text tower computes behind them is left out.
+        rows: Tells, while a batch runs, the lengths of its texts; what the text tower computes behind them is left out.
 
     Raises:
         CalibrationError: If a layer saw NaN or Inf, or no batch on any rank; names the layer.
     """
     own: Ranges = {}
-    rows = Rows(torch.zeros(0, dtype=torch.int64))
+    rows = rows or Rows(torch.zeros(0, dtype=torch.int64))
     text = {layer.name for layer in calibration.layers if layer.tower == "text"}
 
     def watch(name: str, module: QModule) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -57,7 +52,7 @@ def collect_ranges(
         for name, module in modules.items():
             stack.callback(module.register_forward_pre_hook(watch(name, module)).remove)
         for batch in calibration.batches:
-            rows.lengths = text_lengths(batch)
+            rows.lengths = None
             calibration.forward(batch)
     merged = _merge(own)
     _check(modules, merged)

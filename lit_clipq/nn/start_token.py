@@ -30,9 +30,10 @@ class StartTokenScores(QMatMul):
             scores[..., :1] = inputs[0] @ self.constant
         return scores
 
-    def keep_constant(self, a: Tensor, b: Tensor) -> None:  # noqa: ARG002 - both products are told both operands
-        """Take the key of the start token from the operands of one float call."""
-        self.constant = b[:1, ..., :1].detach().clone()
+    @staticmethod
+    def first_position(b: Tensor) -> Tensor:
+        """Return the keys (B, H, d, 1) of the first position."""
+        return b[..., :1].detach()
 
 
 class StartTokenAverage(QMatMul):
@@ -55,6 +56,7 @@ class StartTokenAverage(QMatMul):
         a, b = inputs
         return super().forward(a[..., 1:], b[..., 1:, :]) + a[..., :1] * self.constant
 
-    def keep_constant(self, a: Tensor, b: Tensor) -> None:  # noqa: ARG002 - both products are told both operands
-        """Take the value of the start token from the operands of one float call."""
-        self.constant = b[:1, ..., :1, :].detach().clone()
+    @staticmethod
+    def first_position(b: Tensor) -> Tensor:
+        """Return the values (B, H, 1, d) of the first position."""
+        return b[..., :1, :].detach()

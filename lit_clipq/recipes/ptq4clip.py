@@ -1,31 +1,37 @@
 """PTQ4CLIP: twin uniform grids and a Hessian-guided search of every scale (after PTQ4ViT, arXiv 2111.12293)."""
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.calibration.collect import Observations, Rows, recording
+from lit_clipq.calibration.collect import Observations, Rows, recording, without_parameter_gradients
 from lit_clipq.calibration.distributed import gather, rank, world_size
-from lit_clipq.calibration.engine import Calibration, count_samples, searched_layers
+from lit_clipq.calibration.emulation import emulated, rounded_weight
+from lit_clipq.calibration.engine import Calibration, Storage, one_of_each_kind, sample_counts, searched_layers
 from lit_clipq.calibration.layer_search import LayerSearch, SearchOptions
-from lit_clipq.calibration.objective import contrastive_cotangents, random_directions
-from lit_clipq.calibration.probe import Probe, probe
+from lit_clipq.calibration.objective import (
+    back_propagate,
+    check_gradients,
+    contrastive_cotangents,
+    named_outputs,
+    random_directions,
+)
+from lit_clipq.calibration.probe import Probe, joined, probe
+from lit_clipq.calibration.start_tokens import keep_start_tokens
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import Round, coarse_to_fine
 from lit_clipq.nn.embedding import QEmbedding
-from lit_clipq.nn.modules import Phase, QModule, QWeighted
+from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.quantizer import LogQuantizer, Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry
 from lit_clipq.recipes.base import Recipe, register
-from lit_clipq.recipes.text import batch_text_lengths, has_text_rule
+from lit_clipq.recipes.text import has_text_rule, measuring_texts
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +75,15 @@ class PTQ4CLIP(Recipe):
         Raises:
             CalibrationError: If the memory limit is below what one layer needs.
         """
-        groups = calibration.groups(_one_by_one(calibration) if self.sequential else None)
+        groups = calibration.groups(self.storage)
         embed = self.search.distance == "hessian" and self.objective == "fisher"
-        needed = max((calibration.group_bytes(group) for group in groups), default=0)
-        return needed, len(groups) * (2 if self.sequential else 1) + embed
+        needed = max((calibration.group_bytes(group, self.storage) for group in groups), default=0)
+        return needed, len(groups) + (sum(map(len, groups)) if self.sequential else 0) + embed
+
+    @property
+    def storage(self) -> Storage:
+        """How observations are kept."""
+        return Storage(2 if self.store_bfloat16 else 4, gradients=self.search.distance == "hessian")
 
 
 @dataclass(frozen=True)
@@ -114,25 +125,46 @@ class BasePTQ(PTQ4CLIP):
 @register("ptq4clip_paper", PTQ4CLIPPaper)
 @register("ptq4clip", PTQ4CLIP)
 def apply(recipe: PTQ4CLIP, calibration: Calibration) -> None:
-    """Probe, swap, collect, search and freeze."""
-    found = _probe(calibration)
+    """Probe, swap, collect, search and freeze.
+
+    Raises:
+        CalibrationError: For layers that no batch reaches or that are not float32, texts or gradients that do not do.
+    """
+    _check(calibration)
+    found = probe(calibration.roots, calibration.layers, calibration.forward, one_of_each_kind(calibration.batches))
+    found = joined(gather(found))
     text_rule = has_text_rule(calibration)
     modules = calibration.swap(lambda layer, entry: _build(recipe, layer, entry, found, text_rule))
-    _keep_start_tokens(calibration)
-    run = _Run(recipe, calibration, frozenset(found.averages), text_rule)
+    start = _start_products(recipe, calibration)
+    keep_start_tokens(start, calibration)
+    run = _Run(recipe, calibration, frozenset(found.averages), text_rule, drop_start=bool(start))
     cotangents = run.cotangents() if recipe.search.distance == "hessian" else None
-    for group in calibration.groups(_one_by_one(calibration) if recipe.sequential else None):
-        if recipe.sequential:
-            run.search_after_predecessors(group, cotangents)
-        else:
-            seen = run.collect(group, cotangents)
-            for name in group:
-                run.search(name, seen.pop(name, []))
-    for module in modules.values():
+    for group in calibration.groups(recipe.storage):
+        run.search_group(group, cotangents)
+    for name, module in modules.items():
         if isinstance(module, QEmbedding):
             _search_table(module, recipe.search)
-        if module.phase is Phase.FLOAT:
-            module.freeze()
+        elif isinstance(module, QWeighted) and name in run.biases:
+            module.bias = nn.Parameter(run.biases[name])
+        module.freeze()
+
+
+def _check(calibration: Calibration) -> None:
+    reached = set(searched_layers(calibration))
+    products = [entry.name for entry in calibration.plan.quantized if entry.kind != "embedding"]
+    unseen = [name for name in products if name not in reached]
+    if unseen:
+        raise CalibrationError(
+            f"layer {unseen[0]} saw 0 calibration batches ({len(unseen)} such layers); give batches that reach it "
+            "(pictures for the image tower, texts for the text tower) or exclude it"
+        )
+    for layer in calibration.layers:
+        weight = getattr(layer.module, "weight", None)
+        if layer.name in reached and weight is not None and weight.dtype != torch.float32:
+            raise CalibrationError(
+                f"the search needs float32, but {layer.name} is in {str(weight.dtype).removeprefix('torch.')}; "
+                "calibrate the model in fp32"
+            )
 
 
 def _search_table(table: QEmbedding, options: SearchOptions) -> None:
@@ -146,40 +178,19 @@ def _search_table(table: QEmbedding, options: SearchOptions) -> None:
         return (family.apply(weight, index) - weight).square_().sum(dim=1)
 
     with torch.no_grad():
-        family.commit(coarse_to_fine(error, family.count, family.start, Round((10, 3, 1))))
+        family.commit(coarse_to_fine(error, family.count, family.start, Round(), span=(0, family.count - 1)))
 
 
-def _one_by_one(calibration: Calibration) -> list[list[str]]:
-    return [[name] for name in searched_layers(calibration)]
+def _start_products(recipe: PTQ4CLIP, calibration: Calibration) -> dict[str, QModule]:
+    """Return the products that keep the start token's key or value: all those of the text tower, or none.
 
-
-def _probe(calibration: Calibration) -> Probe:
-    """Probe with the first batch of the first rank that has one."""
-    first = next(iter(calibration.batches), None)
-    own = probe(calibration.roots, calibration.layers, calibration.forward, first) if first is not None else None
-    return next(found for found in gather(own) if found is not None)
-
-
-def _keep_start_tokens(calibration: Calibration) -> None:
-    """Let the attention products of the text tower take the start token's key and value from one float text."""
-    products = {
-        name: module
-        for name, module in calibration.modules.items()
-        if isinstance(module, StartTokenScores | StartTokenAverage)
-    }
-    first = next(iter(calibration.batches), None)
-    with ExitStack() as stack, torch.no_grad():
-        for module in products.values():
-            hook = module.register_forward_pre_hook(lambda m, inputs: m.keep_constant(*inputs))
-            stack.callback(hook.remove)
-        if products and first is not None:
-            calibration.forward(first)
-    own = {name: module.constant.cpu() for name, module in products.items() if module.constant is not None}
-    shared = next((constants for constants in gather(own) if constants), {})  # of the first rank that has a text
-    for name, module in products.items():
-        if name in shared:
-            device = module.constant.device if module.constant is not None else None
-            module.constant = shared[name].to(device or next(calibration.roots["clip"].parameters()).device)
+    If one were left out, the start token would have to pass through grids that never saw it.
+    """
+    if not (recipe.start_token and has_text_rule(calibration)):
+        return {}
+    names = [layer.name for layer in calibration.layers if layer.tower == "text" and layer.kind.name == "matmul"]
+    found = {name: calibration.modules[name] for name in names if name in calibration.modules}
+    return found if len(found) == len(names) else {}
 
 
 def _build(recipe: PTQ4CLIP, layer: Layer, entry: MapEntry, found: Probe, text_rule: bool) -> QModule:
@@ -225,21 +236,18 @@ class _Run:
     calibration: Calibration
     averages: frozenset[str]
     text_rule: bool
+    drop_start: bool
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    rounded: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def batches(self) -> Iterator[tuple[Any, Rows]]:
-        """Yield each batch with its global sample numbers and the lengths of its texts."""
+        """Yield each batch with its global sample numbers."""
         position = 0
         for batch in self.calibration.batches:
-            size = count_samples(batch)
-            samples = torch.arange(position, position + size) * world_size() + rank()
-            position += size
-            yield batch, Rows(samples, self._lengths(batch), self.recipe.start_token)
-
-    def _lengths(self, batch: Any) -> Tensor | None:
-        lengths = batch_text_lengths(self.calibration, batch)
-        if lengths is None or self.recipe.end_token:
-            return lengths
-        return lengths.amax().expand(len(lengths))
+            sizes = sample_counts(batch)
+            samples = torch.arange(position, position + sizes[0]) * world_size() + rank()
+            position += sizes[0]
+            yield batch, Rows(samples, drop_start=self.drop_start, sizes=sizes)
 
     def cotangents(self) -> Cotangents:
         """Return a function from (outputs, rows) of a batch to the gradient of the objective by each output."""
@@ -253,35 +261,43 @@ class _Run:
         return lambda outputs, rows: {
             name: torch.stack([gradients[name][number] for number in rows.samples.tolist()]).to(value)
             for name, value in outputs.items()
+            if name in gradients
         }
 
     def _fisher(self) -> dict[str, dict[int, Tensor]]:
         """Embed the whole calibration set, over all ranks, and differentiate the image-text softmax once."""
-        own: dict[str, list[Tensor]] = {"image": [], "text": []}
-        numbers = [torch.zeros(0, dtype=torch.int64)]
+        own: dict[str, list[Tensor]] = {}
+        numbers: list[int] = []
         with torch.no_grad():
             for batch, rows in self.batches():
-                outputs = self.calibration.forward(batch)
-                if set(outputs) != set(own):
-                    raise CalibrationError(
-                        "the Fisher objective needs calibration pairs of pictures and texts, got "
-                        f"{' and '.join(sorted(outputs)) or 'nothing'} alone; give captions or take the "
-                        "Gauss-Newton objective"
-                    )
-                numbers.append(rows.samples)
-                for name, value in outputs.items():
-                    own[name].append(value.float().cpu())
-        pieces = gather((torch.cat(numbers), own))
-        order = torch.cat([samples for samples, _ in pieces]).argsort()
-        image, text = (torch.cat([x for _, rows in pieces for x in rows[name]])[order] for name in ("image", "text"))
+                numbers += rows.samples.tolist()
+                for name, value in named_outputs(self.calibration.forward(batch)).items():
+                    own.setdefault(name, []).append(value.float().cpu())
+        pieces = gather((numbers, {name: torch.cat(values) for name, values in own.items()}))
+        pieces = [piece for piece in pieces if piece[0]]
+        counts = [{name: len(rows[name]) if name in rows else 0 for name in ("image", "text")} for _, rows in pieces]
+        if any(set(count.values()) != {len(piece[0])} for count, piece in zip(counts, pieces, strict=True)):
+            raise CalibrationError(
+                "the Fisher objective needs calibration pairs of pictures and texts, got "
+                f"{sum(c['image'] for c in counts)} pictures and {sum(c['text'] for c in counts)} texts that are not "
+                "paired batch by batch; give captions or take the Gauss-Newton objective"
+            )
+        order = sorted((number, i) for i, number in enumerate(n for numbers, _ in pieces for n in numbers))
+        image, text = (
+            torch.cat([rows[name] for _, rows in pieces])[[i for _, i in order]] for name in ("image", "text")
+        )
         gradients = contrastive_cotangents(image, text, self.recipe.temperature, self.recipe.seed)
-        return {name: dict(enumerate(g)) for name, g in zip(("image", "text"), gradients, strict=True)}
+        return {
+            name: {number: row for (number, _), row in zip(order, rows, strict=True)}
+            for name, rows in zip(("image", "text"), gradients, strict=True)
+        }
 
     def collect(self, names: Sequence[str], cotangents: Cotangents | None) -> dict[str, list[Observations]]:
         """Run the calibration set once and return what the named layers saw."""
         modules = {name: self.calibration.modules[name] for name in names}
         text = frozenset(layer.name for layer in self.calibration.layers if layer.tower == "text" and self.text_rule)
         with (
+            without_parameter_gradients(self.calibration.roots.values()),
             recording(
                 modules,
                 text=text,
@@ -289,58 +305,50 @@ class _Run:
                 gradients=cotangents is not None,
                 dtype=torch.bfloat16 if self.recipe.store_bfloat16 else None,
             ) as recorder,
+            measuring_texts(self.calibration, lambda: recorder.rows, end_token=self.recipe.end_token),
             torch.set_grad_enabled(cotangents is not None),
         ):
             for batch, rows in self.batches():
                 recorder.rows = rows
                 outputs = self.calibration.forward(batch)
                 if cotangents is not None:
-                    directions = cotangents(outputs, rows)
-                    torch.autograd.backward(list(outputs.values()), [directions[name] for name in outputs])
+                    outputs = named_outputs(outputs)
+                    back_propagate(outputs, cotangents(outputs, rows))
+                recorder.finish_batch()
         if cotangents is not None:
-            _check_gradients(recorder.seen)
+            check_gradients(names, recorder.seen)
         return recorder.seen
+
+    def search_group(self, names: Sequence[str], cotangents: Cotangents | None) -> None:
+        """Search layers that fit the memory limit together."""
+        seen = self.collect(names, cotangents)
+        for name in names:
+            observations = seen.pop(name, [])
+            if self.recipe.sequential:
+                observations = self._behind_predecessors(name, observations)
+            self.search(name, observations)
+
+    def _behind_predecessors(self, name: str, exact: list[Observations]) -> list[Observations]:
+        """Return what a layer sees once the layers searched so far are quantized; gradients and targets stay exact."""
+        with emulated({done: self.calibration.modules[done] for done in self.calibration.results}, self.rounded):
+            actual = self.collect([name], None).get(name, [])
+        module = self.calibration.modules[name]
+        with torch.no_grad():
+            for want, have in zip(exact, actual, strict=True):
+                have.weight = want.weight
+                have.target = module.product(*(x.float() for x in want.inputs))
+        return actual
 
     def search(self, name: str, seen: list[Observations]) -> None:
         """Search one layer's grids and keep its result."""
         module = self.calibration.modules[name]
-        search = LayerSearch(module, seen, self.recipe.search)
+        search = LayerSearch(module, seen, self.recipe.search, name=name, device=self.calibration.device)
         result = search.run()
         if self.recipe.bias_correction and isinstance(module, QWeighted):
-            correction = -search.mean_error().to(module.weight)
-            module.bias = nn.Parameter(correction if module.bias is None else module.bias.detach() + correction)
+            error = search.mean_error().to(module.weight)
+            self.biases[name] = -error if module.bias is None else module.bias.detach() - error
+        if self.recipe.sequential and isinstance(module, QWeighted):
+            self.rounded[name] = rounded_weight(module), self.biases.get(name, module.bias)
         self.calibration.results[name] = result
         log.info("%s: %.4g -> %.4g, %.1f dB", name, result.before, result.after, result.sqnr_db)
         self.calibration.progress(name)
-
-    def search_after_predecessors(self, names: Sequence[str], cotangents: Cotangents | None) -> None:
-        """Search layers whose predecessors are frozen: quantized operands, float targets and gradients."""
-        frozen = [m for m in self.calibration.modules.values() if m.phase is Phase.QUANTIZED]
-        for module in frozen:
-            module.phase = Phase.FLOAT
-        exact = self.collect(names, cotangents)
-        for module in frozen:
-            module.phase = Phase.QUANTIZED
-        actual = self.collect(names, None)
-        for name in names:
-            module = self.calibration.modules[name]
-            for want, have in zip(exact[name], actual[name], strict=True):
-                have.weight = want.weight
-                with torch.no_grad():
-                    have.target = module.product(*(x.float() for x in want.inputs))
-            self.search(name, actual[name])
-            module.freeze()
-
-
-def _check_gradients(seen: dict[str, list[Observations]]) -> None:
-    for name, observations in seen.items():
-        total = sum(float(o.weight.sum(dtype=torch.float64)) if o.weight is not None else 0.0 for o in observations)
-        if not math.isfinite(total):
-            raise CalibrationError(
-                f"layer {name} received NaN or Inf as gradient; check the calibration samples, or calibrate in float32"
-            )
-        if total == 0.0:
-            raise CalibrationError(
-                f"layer {name} received no gradient at all: the calibrated outputs do not depend on it; exclude it or "
-                "take an objective whose outputs do"
-            )

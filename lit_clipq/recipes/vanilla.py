@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from lit_clipq.calibration.collect import Rows
 from lit_clipq.calibration.engine import Calibration
 from lit_clipq.calibration.ranges import collect_ranges
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
@@ -9,7 +12,7 @@ from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.quantizer import UniformQuantizer
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry
 from lit_clipq.recipes.base import Recipe, register
-from lit_clipq.recipes.text import batch_text_lengths
+from lit_clipq.recipes.text import measuring_texts
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Vanilla(Recipe):
 def apply(recipe: Vanilla, calibration: Calibration) -> None:
     """Swap, observe ranges in one pass, freeze."""
     modules = calibration.swap(lambda layer, entry: _build(recipe, layer, entry))
-    ranges = collect_ranges(modules, calibration, lambda batch: batch_text_lengths(calibration, batch))
+    rows = Rows(torch.zeros(0, dtype=torch.int64))
+    with measuring_texts(calibration, lambda: rows):
+        ranges = collect_ranges(modules, calibration, rows)
     for name, module in modules.items():
         for operand, quantizer in module.operand_quantizers.items():
             if isinstance(quantizer, UniformQuantizer):

@@ -1,0 +1,44 @@
+"""Let layers compute as if they were frozen, and be float again afterwards."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lit_clipq.nn.modules import Phase, QModule, QWeighted
+
+
+@torch.no_grad()
+def rounded_weight(module: QWeighted) -> Tensor:
+    """Return the weight that freezing the layer would give it, same shape and type."""
+    return module.weight if module.weight_quantizer is None else module.weight_quantizer(module.weight.detach())
+
+
+@contextmanager
+def emulated(modules: Mapping[str, QModule], rounded: Mapping[str, tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+    """Quantize layers while the context is open; their float weights and biases come back however it ends.
+
+    Args:
+        modules: Calibrated layers that are not frozen, by name.
+        rounded: Weight and bias that those with a weight take meanwhile.
+    """
+    floats = {name: (m._parameters.get("weight"), m.bias) for name, m in modules.items() if isinstance(m, QWeighted)}
+    try:
+        for name, module in modules.items():
+            module.phase = Phase.QUANTIZED
+            if isinstance(module, QWeighted):
+                _put(module, *rounded[name])
+        yield
+    finally:
+        for name, module in modules.items():
+            module.phase = Phase.FLOAT
+            if isinstance(module, QWeighted):
+                _put(module, *floats[name])
+
+
+def _put(module: QWeighted, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Set weight and bias without changing which of them are parameters of the layer."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        store = module._parameters if name in module._parameters else module.__dict__
+        store[name] = value  # type: ignore[assignment]

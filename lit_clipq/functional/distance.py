@@ -1,0 +1,63 @@
+"""Distances between a product and its quantized form, as sums over samples.
+
+Every distance is a function of sums, so that parts of a calibration set, and ranks, add up to the whole exactly. Sums
+run along the rows in the type of the values and go on in float64.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Distance = Literal["hessian", "l2", "l1", "cosine"]
+
+
+def distance_sums(
+    output: Tensor, target: Tensor, weight: Tensor | None, distance: Distance, *, axis: int, per_channel: bool
+) -> Tensor:
+    """Return the sums of a distance, float64 (S, channels), or (S, 1) over all channels.
+
+    Args:
+        output: Quantized product; overwritten.
+        target: Float product, same shape.
+        weight: Weight of each squared error, same shape; for `hessian` only.
+        distance: `hessian` is sum w e^2, `l2` sum e^2, `l1` sum abs(e); `cosine` is the sum of 1 - cosine of each row,
+            or per channel 1 - cosine of the channel over all rows. S is 3 for the last, else 1.
+        axis: Axis of the channels, negative.
+        per_channel: Whether channels are kept apart.
+    """
+    if distance == "cosine":
+        return _cosine_sums(output, target, axis, per_channel=per_channel)
+    error = output.sub_(target)
+    error = error.abs_() if distance == "l1" else error.square_()
+    if distance == "hessian" and weight is not None:
+        error = error.mul_(weight)
+    by_channel = _over_rows(error, axis)[None]
+    return by_channel if per_channel else by_channel.sum(-1, keepdim=True)
+
+
+def distance_from_sums(sums: Tensor, distance: Distance) -> Tensor:
+    """Return the distance (*, channels) that sums (*, S, channels) stand for."""
+    if distance == "cosine" and sums.shape[-2] == 3:
+        dot, own, other = sums.unbind(-2)
+        return 1 - dot / (own * other).clamp(min=1e-300).sqrt()
+    return sums.squeeze(-2)
+
+
+def sums_of(distance: Distance, *, per_channel: bool) -> int:
+    """Return S, how many sums a distance is made of."""
+    return 3 if distance == "cosine" and per_channel else 1
+
+
+def _over_rows(x: Tensor, axis: int) -> Tensor:
+    """Add up to (channels,), float64."""
+    return x.sum([d for d in range(x.dim()) if d != x.dim() + axis]).double()
+
+
+def _cosine_sums(output: Tensor, target: Tensor, axis: int, *, per_channel: bool) -> Tensor:
+    products = (output * target, output.square(), target.square())
+    if per_channel:
+        return torch.stack([_over_rows(x, axis) for x in products])
+    dot, own, other = (x.sum(axis) for x in products)
+    cosine = dot / (own * other).clamp(min=1e-30).sqrt()
+    return (1 - cosine).sum(dtype=torch.float64).reshape(1, 1)
