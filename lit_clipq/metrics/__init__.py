@@ -4,6 +4,7 @@ from lit_clipq.metrics.base import Evaluation, SampleKeyedMetric
 from lit_clipq.metrics.classification import TopKAccuracy
 from lit_clipq.metrics.functional import BootstrapInterval, SampleScores, paired_bootstrap
 from lit_clipq.metrics.retrieval import RetrievalRecall
+from lit_clipq.metrics.vqa import VQAAccuracy
 
 __all__ = [
     "BootstrapInterval",
@@ -12,5 +13,6 @@ __all__ = [
     "SampleKeyedMetric",
     "SampleScores",
     "TopKAccuracy",
+    "VQAAccuracy",
     "paired_bootstrap",
 ]
