@@ -4,7 +4,8 @@ from datamodules.base import QuantDataModule
 from datamodules.coco import CocoRetrieval
 from datamodules.flickr import Flickr8kRetrieval, Flickr30kRetrieval
 from datamodules.imagenet import ImageFolderClassification, ImageNetV2
-from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval
+from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval, MiniVQA
+from datamodules.vqa import VQAv2
 
 __all__ = [
     "CocoRetrieval",
@@ -15,5 +16,7 @@ __all__ = [
     "MiniClassification",
     "MiniPretrain",
     "MiniRetrieval",
+    "MiniVQA",
     "QuantDataModule",
+    "VQAv2",
 ]

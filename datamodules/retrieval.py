@@ -1,6 +1,5 @@
 """Image-text retrieval: pictures in one loader, distinct captions in another, and who belongs to whom."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +8,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.base import QuantDataModule
+from datamodules.calibration import caption_tokens
 from datamodules.captions import read_captioned_folder
 from datamodules.images import Picture, list_pictures
 from lit_clipq.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 class CaptionDataset(Dataset):
@@ -79,10 +77,7 @@ class RetrievalDataModule(QuantDataModule):
 
     def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:  # noqa: ARG002
         """Return the tokens of each picture's caption, or None where calibration pictures have no captions."""
-        if not all(picture.captions for picture in pictures):
-            logger.warning("the calibration pictures have no captions: the text tower gets no calibration data")
-            return None
-        return self.checked_preprocessing().tokenizer([picture.captions[0] for picture in pictures])
+        return caption_tokens(pictures, self.checked_preprocessing())
 
     def read_folder(self, folder: Path) -> list[Picture]:
         """List the pictures of a calibration folder, with captions where its layout is one of COCO's or Flickr's."""

@@ -1,10 +1,12 @@
-"""One rank's share of the samples, with nothing repeated and nothing dropped."""
+"""One rank's share of the samples."""
 
 from collections.abc import Iterator, Sized
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch.utils.data import DistributedSampler
+from torch import Tensor
+from torch.utils.data import DistributedSampler, Sampler
 
 
 class ShardSampler(DistributedSampler):
@@ -38,6 +40,39 @@ class ShardSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+
+class ShuffledBatches(Sampler[Tensor]):
+    """Batches of indices in an order drawn from seed and epoch; each process takes its share of each batch.
+
+    N processes with batches of B together see the batches of one process with N x B. What does not fill a last batch
+    is left out.
+
+    Args:
+        size: Number of samples.
+        batch_size: Samples in a batch of one process.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; a Trainer calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size // (self.batch_size * shard()[1])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rank, world_size = shard()
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator)
+        for batch in order.split(self.batch_size * world_size)[: len(self)]:
+            yield batch[rank::world_size]
 
 
 def shard() -> tuple[int, int]:
