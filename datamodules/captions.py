@@ -7,7 +7,7 @@ import json
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,18 @@ KARPATHY_NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr
 KARPATHY_TRAIN = frozenset({"train", "restval"})
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read a JSON file, bare, compressed (.gz), or alone in an archive (.zip).
+
+    Args:
+        path: The file.
+        object_hook: What becomes of each object, innermost first; keeps large files small in memory.
 
     Raises:
         DataError: The file is absent, unreadable, truncated or no JSON, or an archive does not hold exactly one.
     """
     try:
-        return json.loads(_unpacked(path))
+        return json.loads(_unpacked(path), object_hook=object_hook)
     except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
         raise DataError(f"{path} cannot be unpacked ({error}); it may be truncated: fetch it again.") from error
     except OSError as error:

@@ -63,7 +63,7 @@ def read_questions(questions: Path, annotations: Path) -> list[Question]:
 
 def _question(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> Question:
     # The same few words come back millions of times: each is kept once.
-    answers = tuple(sys.intern(row["answer"]) for row in answered["answers"])
+    answers = tuple(map(sys.intern, answered["answers"]))
     if len(answers) < 2:
         raise ValueError(f"question {asked['question_id']} has {len(answers)} answers, expected at least 2")
     return Question(
@@ -77,8 +77,13 @@ def _question(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> Question
     )
 
 
+def _bare_answer(row: dict[str, Any]) -> Any:
+    """Reduce what one annotator said to the text, which spares a few gigabytes on the whole of VQA v2."""
+    return row["answer"] if "answer" in row and "question_id" not in row else row
+
+
 def _rows(path: Path, name: str) -> list[dict[str, Any]]:
-    content = read_json(path)
+    content = read_json(path, _bare_answer)
     rows = content.get(name) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} is not in VQA v2 format: expected a list of {name} under `{name}`.")
