@@ -80,7 +80,6 @@ class VQADataModule(QuantDataModule):
         self.val_questions: list[Question] = []
         self._answers: AnswerVocabulary | None = None
         self._train_pictures: list[Picture] = []
-        self._train_skipped = 0
         self._read: dict[str, list[Question]] = {}
 
     # What a data set says about itself
@@ -137,9 +136,13 @@ class VQADataModule(QuantDataModule):
             self.val_questions = self._about("val", self.pictures)
             self._log_coverage("val", self.val_questions)
         if stage in (None, TrainerFn.FITTING) and not self._train_pictures:
-            self._train_pictures, self._train_skipped = usable_pictures(
-                self._listed("train"), self.on_error, self.train_limit
-            )
+            listed = self._listed("train")
+            self._train_pictures, skipped = usable_pictures(listed, self.on_error, self.train_limit)
+            if skipped:
+                logger.warning(
+                    "%d missing or damaged training pictures were skipped, %d are left",
+                    *(skipped, len(self._train_pictures)),
+                )
             self.train_questions = self._about("train", self._train_pictures)
             self._log_coverage("train", self.train_questions)
         self._read.clear()
