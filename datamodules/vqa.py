@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,8 @@ from datamodules.download import (
     VQA_VAL_QUESTIONS,
     Archive,
 )
-from datamodules.images import Picture, list_pictures, load_rgb, usable_pictures
-from datamodules.sampler import ShuffledBatches
+from datamodules.images import Picture, PictureDataset, list_pictures, load_rgb, usable_pictures
+from datamodules.sampler import ResumableLoader, ShuffledBatches, shard
 from datamodules.vqa_files import Question, read_questions
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional import AnswerVocabulary
@@ -49,9 +49,10 @@ class VQADataModule(QuantDataModule):
         vocabulary: JSON file of a saved `AnswerVocabulary`; by default it is counted over train and val.
         min_answer_count: The vocabulary is what is the most common answer of at least so many questions. 9 is
             MCAN's rule (more than 8), 3,129 answers on VQA v2.
+        train_batch_size: Questions in a training batch, over all processes together.
         train_limit: Train on the first N usable pictures only; null for all. `limit` is that of the evaluation.
         seed: Seed of the order of training.
-        **kwargs: See `QuantDataModule`; `batch_size` counts questions.
+        **kwargs: See `QuantDataModule`; `batch_size` counts questions of the evaluation.
 
     Raises:
         ConfigError: An option outside its range.
@@ -64,20 +65,28 @@ class VQADataModule(QuantDataModule):
         root: str,
         vocabulary: str | None = None,
         min_answer_count: int = 9,
+        train_batch_size: int = 64,
         train_limit: int | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(root=root, **kwargs)
-        for name, value in (("min_answer_count", min_answer_count), ("train_limit", train_limit)):
+        for name, value in (
+            ("min_answer_count", min_answer_count),
+            ("train_batch_size", train_batch_size),
+            ("train_limit", train_limit),
+        ):
             if value is not None and value < 1:
                 raise ConfigError(f"--data.{name} must be at least 1, got {value}.")
         self.vocabulary = Path(vocabulary).expanduser() if vocabulary else None
         self.min_answer_count = min_answer_count
+        self.train_batch_size = train_batch_size
         self.train_limit = train_limit
         self.seed = seed
         self.train_questions: list[Question] = []
         self.val_questions: list[Question] = []
+        self.collators: dict[str, Callable[[Sequence[Question]], dict[str, Any]]] = {}
+        """What makes batches of a split's questions in the place of `QuestionBatch`: cached features, say."""
         self._answers: AnswerVocabulary | None = None
         self._train_pictures: list[Picture] = []
         self._read: dict[str, list[Question]] = {}
@@ -164,7 +173,26 @@ class VQADataModule(QuantDataModule):
 
     def image_ids_of(self, split: Split) -> list[int]:
         """Return the image id of each of `pictures_of(split)`."""
-        return list(dict.fromkeys(question.image_id for question in self._questions_of(split)))
+        return list(dict.fromkeys(question.image_id for question in self.questions_of(split)))
+
+    def picture_items(self, split: Split) -> list[Any]:
+        """Return what tells each of `pictures_of(split)` from any other: id, name, size and time of the file."""
+        items = []
+        for image_id, picture in zip(self.image_ids_of(split), self.pictures_of(split), strict=True):
+            status = picture.path.stat()
+            items.append([image_id, picture.path.name, status.st_size, status.st_mtime_ns])
+        return items
+
+    def picture_batches(self, split: Split, numbers: Sequence[int]) -> Iterable[Tensor]:
+        """Return batches float (B, 3, H, W) of the pictures with these numbers in `pictures_of(split)`, in order."""
+        pictures = self.pictures_of(split)
+        data = PictureDataset([pictures[number].path for number in numbers], self.checked_preprocessing().image)
+        return DataLoader(data, batch_size=self.batch_size, num_workers=self.num_workers)
+
+    def use_answers(self, words: Sequence[str]) -> None:
+        """Take the vocabulary of a trained head in the place of the one that was counted."""
+        if self.answers.words != tuple(words):
+            self._answers = AnswerVocabulary(tuple(words), (0,) * len(words), 0)
 
     def train_dataloader(self) -> DataLoader:
         """Return shuffled batches of this process; see `QuestionBatch`. The last, smaller batch is left out.
@@ -172,15 +200,21 @@ class VQADataModule(QuantDataModule):
         Raises:
             ConfigError: No training questions, or fewer than a batch.
         """
-        batches = ShuffledBatches(len(self.train_questions), self.batch_size, self.seed)
+        processes = shard()[1]
+        if self.train_batch_size % processes:
+            raise ConfigError(
+                f"--data.train_batch_size {self.train_batch_size} cannot be divided among {processes} processes; "
+                "give a multiple of them."
+            )
+        batches = ShuffledBatches(len(self.train_questions), self.train_batch_size // processes, self.seed)
         if not len(batches):
             raise ConfigError(
-                f"Training needs a batch of {self.batch_size} questions on every process, got "
-                f"{len(self.train_questions)} questions; call setup('fit'), or make --data.batch_size smaller."
+                f"Training needs a batch of {self.train_batch_size} questions, got {len(self.train_questions)} "
+                "questions; call setup('fit'), or make --data.train_batch_size smaller."
             )
-        return DataLoader(
-            self.train_questions,  # type: ignore[arg-type]
-            batch_sampler=batches,  # type: ignore[arg-type]
+        return ResumableLoader(
+            self.train_questions,
+            batches,
             num_workers=self.num_workers,
             collate_fn=self._collate("train"),
         )
@@ -205,7 +239,8 @@ class VQADataModule(QuantDataModule):
         state = getattr(self.trainer, "state", None)
         return state is not None and state.fn == TrainerFn.FITTING
 
-    def _questions_of(self, split: Split) -> list[Question]:
+    def questions_of(self, split: Split) -> list[Question]:
+        """Return the questions of a split."""
         return self.train_questions if split == "train" else self.val_questions
 
     def _questions(self, split: str) -> list[Question]:
@@ -228,7 +263,9 @@ class VQADataModule(QuantDataModule):
         by_picture = self._by_picture(split)
         return [question for picture in pictures for question in by_picture[picture.path]]
 
-    def _collate(self, split: Split) -> "QuestionBatch":
+    def _collate(self, split: Split) -> Callable[[Sequence[Question]], dict[str, Any]]:
+        if split in self.collators:
+            return self.collators[split]
         paths = {i: p.path for i, p in zip(self.image_ids_of(split), self.pictures_of(split), strict=True)}
         return QuestionBatch(paths, self.checked_preprocessing(), self.answers)
 

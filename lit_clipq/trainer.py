@@ -27,6 +27,7 @@ from lit_clipq.recipes import Recipe, name_of
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
+_MEASUREMENT_FORMAT = 2  # of remembered measurements
 _PACKAGES = ("lit-clipq", "torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "timm")
 
 
@@ -63,6 +64,8 @@ class Measurement:
     metrics: dict[str, float]
     scores: dict[str, Scores]
     samples: dict[str, int]
+    bytes: int
+    """Size of the networks; a checkpoint may bring some of them."""
 
 
 class QuantTrainer(Trainer):
@@ -154,14 +157,15 @@ class QuantTrainer(Trainer):
             )
         if self.is_global_zero:
             _check_writable(Path(self.results))
+        if ckpt_path is None:
+            model.prepare_weights()
         callback.preflight(self, model, weights_are_final=ckpt_path is None)
-        float_bytes = sum(stored_bytes(root) for root in model.roots().values())
         measured = self._float_pass(run, callback, model, datamodule, ckpt_path)
         outcome, quantized = [measured.metrics], measured
         if callback.active:
             outcome = run()
             quantized = _measurement(model, datamodule)
-        self.comparison = self._summarise(callback, model, float_bytes, measured, quantized)
+        self.comparison = self._summarise(callback, model, measured, quantized)
         if self.is_global_zero:
             write_json(Path(self.results), self.comparison.to_json())
         return outcome
@@ -211,6 +215,7 @@ class QuantTrainer(Trainer):
         datamodule.prepare_data()
         datamodule.setup("validate")
         parts = {
+            "format": _MEASUREMENT_FORMAT,
             "model": state_hash(model),
             "checkpoint": None if ckpt_path is None else hashlib.sha256(Path(ckpt_path).read_bytes()).hexdigest(),
             "task": type(model).__name__,
@@ -225,7 +230,7 @@ class QuantTrainer(Trainer):
         return cache_dir() / "float" / f"{digest[:32]}.json"
 
     def _summarise(
-        self, callback: Quantizing, model: Any, float_bytes: int, measured: Measurement, quantized: Measurement
+        self, callback: Quantizing, model: Any, measured: Measurement, quantized: Measurement
     ) -> Comparison:
         report = callback.report if callback.active else None
         recipe = callback.recipe if callback.active else None
@@ -239,8 +244,8 @@ class QuantTrainer(Trainer):
             quantized_metrics=quantized.metrics,
             differences=_differences(measured, quantized),
             samples=measured.samples,
-            float_bytes=float_bytes,
-            quantized_bytes=report.quantized_bytes if report else float_bytes,
+            float_bytes=measured.bytes,
+            quantized_bytes=quantized.bytes,
             calibration_seconds=report.seconds if report else 0.0,
             calibration_samples=report.samples if report else 0,
             map=report.map if report else QuantizationMap(),
@@ -263,7 +268,8 @@ def _measurement(model: Any, datamodule: Any) -> Measurement:
     scores = {
         name: Scores(s.values.double().tolist(), s.clusters.tolist()) for name, s in model.sample_scores().items()
     }
-    return Measurement(model.results(), scores, counts)
+    stored = sum(stored_bytes(root) for root in model.roots().values())
+    return Measurement(model.results(), scores, counts, stored)
 
 
 def _read_measurement(path: Path) -> Measurement | None:
@@ -273,7 +279,7 @@ def _read_measurement(path: Path) -> Measurement | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         scores = {name: Scores(**value) for name, value in content["scores"].items()}
-        return Measurement(content["metrics"], scores, content["samples"])
+        return Measurement(content["metrics"], scores, content["samples"], content["bytes"])
     except (ValueError, KeyError, TypeError):
         log.warning("ignoring the damaged float measurement %s; it is measured again", path)
         return None

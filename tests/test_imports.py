@@ -28,7 +28,8 @@ ALLOWED = {
         "lit_clipq.api",
     },
     "lit_clipq.metrics": set(),
-    "lit_clipq.tasks": {"lit_clipq.models", "lit_clipq.metrics"},
+    "lit_clipq.features": {"lit_clipq.models"},
+    "lit_clipq.tasks": {"lit_clipq.models", "lit_clipq.metrics", "lit_clipq.features", "lit_clipq.mini"},
     "lit_clipq.analysis": {"lit_clipq.nn", "lit_clipq.recipes", "lit_clipq.calibration", "lit_clipq.models"},
     "lit_clipq.trainer": {
         "lit_clipq.analysis",

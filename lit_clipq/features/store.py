@@ -96,7 +96,13 @@ class FeatureStore:
         """
         rank, members = _share(group)
         own = [shard for shard in range(rank, self.shards, members) if not is_whole(self._path(shard))]
-        missing = sorted(shard for other, shards in gather((group, own)) if other == group for shard in shards)
+        told = [found for found in gather((group, self.key.digest(), own)) if found[0] == group]
+        if len({digest for _, digest, _ in told}) > 1:
+            raise DataError(
+                f"the processes of this run see different {self.key.kind} or networks, but share {self.folder.parent}; "
+                "give them the same files, or set --model.cache.shared false."
+            )
+        missing = sorted(shard for _, _, shards in told for shard in shards)
         mine = missing[rank::members]
         failure: Exception | None = None
         try:
@@ -104,12 +110,12 @@ class FeatureStore:
             self._write(mine, produce)
         except Exception as error:
             failure = error
-        told = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        failures = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
         if failure is not None:
             raise failure
-        failed = [number for number, text in enumerate(told) if text is not None]
-        if failed:
-            raise DataError(f"process {failed[0]} could not fill the feature cache {self.folder}: {told[failed[0]]}")
+        for number, text in enumerate(failures):
+            if text is not None:
+                raise DataError(f"process {number} could not fill the feature cache {self.folder}: {text}")
         self._readers = []
         return sum(len(self._items(shard)) for shard in mine)
 

@@ -50,6 +50,22 @@ def weights_path(name: str) -> Path:
     return path if name == base else _planted(name, path)
 
 
+def head_path(name: str) -> Path:
+    """Return the question-answering head that was trained on a mini model; an outlier model has that of its original.
+
+    Raises:
+        ModelError: no mini model of that name, or no head for it in this installation.
+    """
+    _check(name)
+    path = WEIGHTS_DIR / f"{name.removesuffix(_OUTLIER)}-vqa.safetensors"
+    if not path.is_file():
+        raise ModelError(
+            f"expected a question-answering head of '{name}' in {path}, which is absent; train one with "
+            f"`lightning fit --config configs/mini/vqa.yaml --model.name {name}`."
+        )
+    return path
+
+
 def _planted(name: str, original: Path) -> Path:
     """Return the file of an outlier model in the cache folder, written whole or not at all."""
     from safetensors.torch import load_file, save_file

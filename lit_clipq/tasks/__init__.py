@@ -4,5 +4,6 @@ from lit_clipq.tasks.base import ClipTask
 from lit_clipq.tasks.classification import ZeroShotClassification
 from lit_clipq.tasks.contrastive import ContrastiveTask
 from lit_clipq.tasks.retrieval import Retrieval
+from lit_clipq.tasks.vqa import VQA
 
-__all__ = ["ClipTask", "ContrastiveTask", "Retrieval", "ZeroShotClassification"]
+__all__ = ["VQA", "ClipTask", "ContrastiveTask", "Retrieval", "ZeroShotClassification"]
