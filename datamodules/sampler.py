@@ -122,7 +122,7 @@ class ResumableLoader(DataLoader):
         for name, value in self._order().items():
             if state[name] != value:
                 raise ConfigError(
-                    f"the checkpoint was taken with {name} {state[name]} of the training samples, this run has {value}; "
+                    f"the checkpoint is of {name} {state[name]} of the training samples, this one has {value}; "
                     "train with the options it was taken with, or start anew without --ckpt_path."
                 )
         self._resume = (state["epoch"], state["done"])

@@ -221,7 +221,9 @@ class VQADataModule(QuantDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Return this process's share of the evaluation; see `QuestionBatch`."""
-        return self.loader(self.val_questions, collate_fn=self._collate("val"))
+        loader = self.loader(self.val_questions, collate_fn=self._collate("val"))
+        loader.generator = torch.Generator()  # an evaluation between epochs leaves the global random state alone
+        return loader
 
     def sample_counts(self) -> dict[str, int]:
         """Return the counts of pictures, of questions, of answers to choose from, and of what these do not reach."""
@@ -238,6 +240,12 @@ class VQADataModule(QuantDataModule):
         """Tell whether a Trainer is training with this data module."""
         state = getattr(self.trainer, "state", None)
         return state is not None and state.fn == TrainerFn.FITTING
+
+    def _evaluates(self) -> bool:
+        """Tell whether a Trainer is evaluating a task that has a vocabulary of its own."""
+        state = getattr(self.trainer, "state", None)
+        own = hasattr(getattr(self.trainer, "lightning_module", None), "words")
+        return state is not None and state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) and own
 
     def questions_of(self, split: Split) -> list[Question]:
         """Return the questions of a split."""
@@ -372,8 +380,8 @@ class VQAv2(VQADataModule):
         return [folder / f"COCO_{split}2014_{image_id:012d}.jpg" for image_id in image_ids]
 
     def _splits(self) -> tuple[str, ...]:
-        """Splits whose questions are needed: both, to count the vocabulary or to train."""
-        return ("train", "val") if self.vocabulary is None or self.fits() else ("val",)
+        """Splits whose questions are needed: both, to train or to count the vocabulary (a trained head has its own)."""
+        return ("val",) if (self.vocabulary is not None and not self.fits()) or self._evaluates() else ("train", "val")
 
     def _file(self, name: str) -> Path | None:
         archive = next(a.name for files in FILES.values() for n, a in files if n == name)

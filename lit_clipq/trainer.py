@@ -229,9 +229,7 @@ class QuantTrainer(Trainer):
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         return cache_dir() / "float" / f"{digest[:32]}.json"
 
-    def _summarise(
-        self, callback: Quantizing, model: Any, measured: Measurement, quantized: Measurement
-    ) -> Comparison:
+    def _summarise(self, callback: Quantizing, model: Any, measured: Measurement, quantized: Measurement) -> Comparison:
         report = callback.report if callback.active else None
         recipe = callback.recipe if callback.active else None
         return Comparison(

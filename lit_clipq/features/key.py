@@ -61,7 +61,7 @@ class FeatureKey:
             raise ConfigError(f"{start} was made with another preprocessing than this run's; {advice}.")
         if (self.kind, self.items) != (wanted.kind, wanted.items):
             raise ConfigError(
-                f"{start} holds {self.count} {self.kind}, but not the {wanted.count} {wanted.kind} of this run; {advice}."
+                f"{start} holds {self.count} {self.kind}, not the {wanted.count} {wanted.kind} of this run; {advice}."
             )
         raise ConfigError(f"{start} stores {self.dtype}, but this run wants {wanted.dtype}; {advice}.")
 

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def row_bytes(width: int, dtype: str) -> int:
 
 def _read(handle: int, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
     target = np.empty(shape, dtype)
-    view = memoryview(target.reshape(-1).view(np.uint8))
+    view: Any = target.reshape(-1).view(np.uint8)
     done = 0
     while done < len(view):
         count = os.preadv(handle, [view[done:]], offset + done)

@@ -132,7 +132,7 @@ class FeatureStore:
                 value = next(features).detach().cpu()
                 if value.shape != (self.lengths[item], self.width):
                     raise DataError(
-                        f"expected features {(self.lengths[item], self.width)} of item {item}, got {tuple(value.shape)}."
+                        f"expected features {(self.lengths[item], self.width)} of item {item}, got {(*value.shape,)}."
                     )
                 if not bool(value.isfinite().all()):
                     raise DataError(f"the features of item {item} in {self.folder} hold NaN or Inf; check the model.")

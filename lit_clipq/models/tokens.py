@@ -11,7 +11,6 @@ from lit_clipq.errors import ModelError
 from lit_clipq.models.attention_parts import qualified_name
 from lit_clipq.models.encode import end_token_tower
 
-
 HF_TEXT = "open_clip.hf_model.HFTextEncoder"
 
 
@@ -65,7 +64,7 @@ def encode_image_tokens(model: nn.Module, images: Tensor) -> Tensor:
 def text_token_mask(model: nn.Module, tokens: Tensor) -> Tensor:
     """Tell which text tokens have a feature that says something, without running the model.
 
-    In a causal tower that is pooled at its end token these are the tokens up to the end, without the first: what follows
+    In a causal tower that is pooled at its end token these are the tokens up to the end without the first: what follows
     has seen the whole text and padding, and the feature of the start token is the same for every text (quantization
     does not spend precision on it: its keys and values are constants). Elsewhere padding is left out where the tower
     knows it.

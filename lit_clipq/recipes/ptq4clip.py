@@ -264,9 +264,9 @@ class _Run:
                 outputs = self.calibration.forward(batch)
                 if set(outputs) != set(own):
                     raise CalibrationError(
-                        "the Fisher objective needs calibration pairs of pictures and texts, got "
-                        f"{' and '.join(sorted(outputs)) or 'nothing'} alone; give captions or take the "
-                        "Gauss-Newton objective"
+                        "the Fisher objective needs calibration pairs and takes embeddings of pictures and texts, got "
+                        f"{' and '.join(sorted(outputs)) or 'nothing'} alone; give captions or, for a task without "
+                        "image-text softmax, take the Gauss-Newton objective"
                     )
                 numbers.append(rows.samples)
                 for name, value in outputs.items():

@@ -61,7 +61,7 @@ class ClipTask(LightningModule):
         return outputs
 
     def prepare_weights(self) -> None:
-        """Load what an evaluation needs and the constructor has not loaded; called before a first look at the weights."""
+        """Load what an evaluation needs and the constructor has not loaded, before a first look at the weights."""
 
     def unused_layers(self) -> tuple[str, ...]:
         """Shell patterns of the layers in `roots` that no output of `calibration_forward` depends on."""

@@ -106,7 +106,12 @@ class VQA(ClipTask):
         answers: Sequence[str] | None = None,
     ) -> None:
         super().__init__(name, pretrained)
-        if learning_rate <= 0 or not 0 < decay <= 1 or any(factor <= 0 for factor in warmup) or min(decay_epochs, default=0) < 0:
+        if (
+            learning_rate <= 0
+            or not 0 < decay <= 1
+            or any(factor <= 0 for factor in warmup)
+            or min(decay_epochs, default=0) < 0
+        ):
             raise ConfigError(
                 f"expected learning_rate > 0, factors of warmup > 0, decay_epochs >= 0 and decay in (0, 1], got "
                 f"{learning_rate}, {list(warmup)}, {list(decay_epochs)} and {decay}; correct them under --model."
@@ -211,7 +216,9 @@ class VQA(ClipTask):
 
     def _build_head(self, words: Sequence[str]) -> None:
         self.words = tuple(words)
-        self.head = MCAN(self.options, self.sizes.image_width, self.sizes.text_width, len(self.words))
+        with torch.random.fork_rng([]):  # whatever was drawn since the seed was set: calibration, another head
+            torch.manual_seed(torch.initial_seed())
+            self.head = MCAN(self.options, self.sizes.image_width, self.sizes.text_width, len(self.words))
         self.head.to(next(self.clip.parameters()).device)
 
     def prepare_weights(self) -> None:
@@ -308,8 +315,11 @@ class VQA(ClipTask):
         return float(start * self.decay ** sum(epoch >= first for first in self.decay_epochs))
 
     def on_train_start(self) -> None:
-        """Give each process dropout of its own; a training that continues restores its states instead."""
-        if self.global_rank > 0 and self._random_state is None:
+        """Start from the seed, whatever was drawn since it was set, with dropout of its own on each process.
+
+        A training that continues restores its states instead.
+        """
+        if self._random_state is None:
             torch.manual_seed((torch.initial_seed() + self.global_rank) % 2**63)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002 Lightning's signature
@@ -349,7 +359,7 @@ class VQA(ClipTask):
 
     def prepare_evaluation(self) -> None:
         """Let the data module report by the vocabulary of the head."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if not self._fits() and self.head is not None and hasattr(data, "use_answers"):
             data.use_answers(self.words)
 
@@ -401,7 +411,8 @@ class VQA(ClipTask):
         if record.clip_hash == self.clip_hash and record.network != network_hash(self.clip):
             raise ModelError(
                 f"the checkpoint was trained on features of {record.clip} as '{record.variant}', but this run has it "
-                f"as '{self.variant}'" + ("" if record.variant != self.variant else " with other codes or scales")
+                f"as '{self.variant}'"
+                + ("" if record.variant != self.variant else " with other codes or scales")
                 + "; quantize as before, or keep the quantized model with --quantize.save and give --quantize.load."
             )
 
@@ -417,5 +428,5 @@ class VQA(ClipTask):
 
 
 def _is_planted(name: str, head_weights: str) -> bool:
-    """Tell whether the shipped head is asked for on a mini model with planted outliers, the same function to the bit."""
+    """Tell whether the shipped head is asked for on a model with planted outliers, the same function to the bit."""
     return head_weights == "mini" and name.endswith("-outlier")

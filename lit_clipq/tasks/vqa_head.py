@@ -75,7 +75,9 @@ class HeadRecord:
         if clip_hash and self.clip_hash != clip_hash:
             other = self.clip if self.clip != clip else f"{self.clip} with other values"
             raise ModelError(f"the head in {source} was trained on {other}, but this run has {clip}; load that CLIP.")
-        different = [f"{key} {self.head.get(key)} (here {value})" for key, value in head.items() if self.head[key] != value]
+        different = [
+            f"{key} {self.head.get(key)} (here {value})" for key, value in head.items() if self.head[key] != value
+        ]
         if different:
             raise ModelError(
                 f"{source} holds another head: {', '.join(different)}; set --model.head and --model.head_options to it."
@@ -114,7 +116,9 @@ def load_head(path: Path) -> tuple[dict[str, Tensor], HeadRecord]:
             plain = json.loads((file.metadata() or {}).get("record", "null"))
             state = {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118 no mapping
     except (OSError, SafetensorError, ValueError) as error:
-        raise ModelError(f"the head {path} cannot be read ({error}); give --model.head_weights another file.") from error
+        raise ModelError(
+            f"the head {path} cannot be read ({error}); give --model.head_weights another file."
+        ) from error
     return state, HeadRecord.from_plain(plain, str(path))
 
 

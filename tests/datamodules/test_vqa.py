@@ -190,13 +190,14 @@ def test_workers_load_the_same_batches(vqa, preprocessing):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_evaluation_and_training_batches(vqa, preprocessing, monkeypatch, world_size):
     root = vqa(val=7, train=9)
-    whole = ready(preprocessing, root, batch_size=world_size * 2)
+    whole = ready(preprocessing, root, batch_size=world_size * 2, train_batch_size=world_size * 2)
     evaluation = epoch(whole.val_dataloader())["question_ids"].tolist()
     training = [batch["question_ids"].tolist() for batch in whole.train_dataloader()]
-    data = ready(preprocessing, root, batch_size=2)
+    data = ready(preprocessing, root, batch_size=2, train_batch_size=world_size * 2)
     parts, shares = [], []
     for rank in range(world_size):
-        monkeypatch.setattr("datamodules.sampler.shard", lambda rank=rank: (rank, world_size))
+        for module in ("sampler", "vqa"):
+            monkeypatch.setattr(f"datamodules.{module}.shard", lambda rank=rank: (rank, world_size))
         parts += epoch(data.val_dataloader())["question_ids"].tolist()
         shares.append([batch["question_ids"].tolist() for batch in data.train_dataloader()])
     assert sorted(parts) == sorted(evaluation)
@@ -497,7 +498,7 @@ def test_training_on_the_mini_world_writes_its_world(preprocessing, monkeypatch,
     monkeypatch.setitem(PRESETS, "small", Preset({"val": 4, "calibration": 3}, {"val": 4, "calibration": 3}, {}))
     (tmp_path / "scratch2").mkdir()
     monkeypatch.setitem(WORLD_HASHES, "small", write_world(tmp_path / "scratch2", "small"))
-    data = MiniVQA(str(tmp_path / "root"), batch_size=4, workers=1)
+    data = MiniVQA(str(tmp_path / "root"), batch_size=4, train_batch_size=4, workers=1)
     data.preprocessing, data.trainer = preprocessing, fitting()
     data.prepare_data()
     assert world_folder(tmp_path / "root", "train").is_dir()

@@ -81,7 +81,7 @@ def test_features_beyond_half_precision_are_clipped_and_zeros_stay_zero(tmp_path
     large[1] = 0.0
     for dtype in ("float16", "int8"):
         one = FeatureStore(tmp_path / dtype, replace(KEY, count=1, dtype=dtype), [2], WIDTH)
-        one.fill(lambda items: iter([large]))
+        one.fill(lambda _: iter([large]))
         values = decode(*one.read(0))
         assert values.isfinite().all()
         assert (values[1] == 0).all()
@@ -167,7 +167,7 @@ def test_a_disk_that_fills_is_told_and_finished_shards_stay(tmp_path):
 
 def test_too_little_space_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9 - 100, 100))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9 - 100, 100))
     seen = []
     with pytest.raises(DataError, match=r"needs 0\.00 GB more, the disk has 0\.00 GB free; .*int8"):
         store(tmp_path).fill(produce(seen))
@@ -190,7 +190,7 @@ def test_the_prediction_bounds_what_is_written(tmp_path):
         ({"variant": "vanilla, vision W8A8, text W8A8", "network": "m"}, "as 'float', but this run has it as 'vanilla"),
         ({"network": "m"}, "other weights, codes or scales"),
         ({"preprocessing": "q"}, "another preprocessing"),
-        ({"items": "other"}, "holds 11 texts, but not the 11 texts of this run"),
+        ({"items": "other"}, "holds 11 texts, not the 11 texts of this run"),
         ({"dtype": "int8"}, "stores float16, but this run wants int8"),
     ],
 )
