@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from lit_clipq.errors import ModelError
@@ -101,7 +101,7 @@ def save_head(path: Path, state: Mapping[str, Tensor], record: HeadRecord) -> No
         raise ModelError(f"expected finite fp16 weights, got others in {wrong[0]}; train with a lower learning rate.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(halves, temporary, metadata={"record": json.dumps(record.to_plain())})
+    temporary.write_bytes(save(halves, metadata={"record": json.dumps(record.to_plain())}))
     temporary.replace(path)
 
 
