@@ -305,7 +305,7 @@ class VQA(ClipTask):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam on the head and its schedule, stepped after every epoch."""
         parameters = [] if self.head is None else list(self.head.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps)
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
 

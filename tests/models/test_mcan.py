@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clipq.errors import ConfigError
 from lit_clipq.models import MCAN, MCAN_PRESETS, MCANOptions, mcan_options
+from lit_clipq.models.mcan import Dropout
 from lit_clipq.nn.swap import find_layers
 
 TINY = MCANOptions(
@@ -125,6 +126,25 @@ def test_dropout_acts_in_training_alone(head, batch):
     assert torch.equal(head(*batch), head(*batch))
     head.train()
     assert not torch.equal(head(*batch), head(*batch))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.73])
+def test_dropout_drops_independently_with_its_probability(p):
+    torch.manual_seed(0)
+    drop = Dropout(p)
+    x = torch.ones(400, 501, requires_grad=True)
+    y = drop(x)
+    kept = (y != 0).float()
+    assert torch.equal(y, kept / torch.tensor(1.0) * (1 / (1 - p)))
+    deviation = (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(kept.mean().item() - (1 - p)) < 4 * deviation
+    for shift in (1, 2, 501):  # neighbours, the two halves of a word, rows
+        flat = kept.flatten() - (1 - p)
+        correlation = (flat[shift:] * flat[:-shift]).mean() / (p * (1 - p))
+        assert abs(correlation.item()) < 4 / kept.numel() ** 0.5
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert torch.equal(drop.eval()(x), x)
 
 
 def test_presets_are_those_of_the_paper():
