@@ -81,6 +81,8 @@ class ClipQuantCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer; what Lightning says about its options is this program's own kind of error."""
+        if self.subcommand != "fit":
+            kwargs["logger"] = False  # the record of an evaluation is its results file
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
