@@ -14,6 +14,7 @@ MINI_MODELS: tuple[str, ...] = ("mini-vit", "mini-resnet", "mini-vit-outlier", "
 WEIGHT_HASHES: dict[str, str] = {
     "mini-vit": "4bb2efc27f9f21abbd7bda095cf399f22cd86087e7afe17f8649abf055357210",
     "mini-resnet": "c2adf10b426101e6aef3dff9571d5e87d8583983dff746b10270c0d6e8bfd835",
+    "mini-vit-vqa": "5cd3d87d79dbb16cc220a483d57117e9fd70612ca062e571394590af9e8ddf61",
 }
 """SHA-256 of the shipped weight files: they are frozen, as the world is."""
 
