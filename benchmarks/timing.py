@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def medians(calls: Sequence[Callable[[], object]], runs: int, warmup: int = 2) -> list[float]:
-    """Return the median milliseconds of each call, all called in turn in each run, in inference mode."""
+def medians(calls: Sequence[Callable[[], object]], runs: int, warmup: int = 2, inference: bool = True) -> list[float]:
+    """Return the median milliseconds of each call, all called in turn in each run, by default in inference mode."""
     times: list[list[float]] = [[] for _ in calls]
-    with torch.inference_mode():
+    with torch.inference_mode(inference):
         for run in range(warmup + runs):
             for call, kept in zip(calls, times, strict=True):
                 started = time.perf_counter()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lit_clipq.api import QuantizationReport, preview, quantize
 from lit_clipq.checkpoint import Artefact, ModelIdentity, check_target, identify, read_artefact, save_quantized
 from lit_clipq.errors import CalibrationError, ConfigError
-from lit_clipq.recipes import BitWidths, Recipe, make_recipe
+from lit_clipq.recipes import BitWidths, Recipe, make_recipe, name_of
+from lit_clipq.recipes.bits import TOWERS
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +190,7 @@ class Quantize(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """In `fit`: quantize here, on the device of this process."""
         if stage == TrainerFn.FITTING and self.active:
+            self.preflight(trainer, pl_module, weights_are_final=True)
             pl_module.to(trainer.strategy.root_device)
             self._apply(trainer, pl_module)
 
@@ -208,9 +211,10 @@ class Quantize(pl.Callback):
             if not self.paused:
                 self._load(self._artefact, pl_module)
             return
+        recipe = _for_task(self.recipe, pl_module)
         batches = self._calibration_batches(trainer)
         if self.paused:  # the float pass begins: tell now what would fail after it
-            preview(pl_module.roots(), self.recipe)
+            preview(pl_module.roots(), recipe)
             return
         identity = _identify(pl_module) if self.save is not None and trainer.is_global_zero else None
 
@@ -221,17 +225,18 @@ class Quantize(pl.Callback):
             self.report = quantize(
                 pl_module.roots(),
                 batches,
-                self.recipe,
+                recipe,
                 forward=forward,
                 dry_run=self.dry_run,
                 memory_limit_bytes=None if self.memory_limit_gb is None else int(self.memory_limit_gb * 1e9),
                 progress=progress,
             )
         log.info("quantized %d layers in %.1f s", len(self.report.map.quantized), self.report.seconds)
+        pl_module.variant = _in_words(recipe)
         if self.dry_run:
             raise DryRunComplete(self.report)
         if self.save is not None and identity is not None:
-            save_quantized(self.save, pl_module.roots(), report=self.report, recipe=self.recipe, identity=identity)
+            save_quantized(self.save, pl_module.roots(), report=self.report, recipe=recipe, identity=identity)
 
     def _calibration_batches(self, trainer: pl.Trainer) -> Any:
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -246,7 +251,9 @@ class Quantize(pl.Callback):
 
     def _load(self, artefact: Artefact, pl_module: Any) -> None:
         artefact.identity.check_serves(_identify(pl_module), artefact.folder)
-        self.report = artefact.load_into(pl_module.roots())
+        held = {name.partition(".")[0] for name in artefact.content["tensors"]}  # a head is there or not
+        self.report = artefact.load_into({name: root for name, root in pl_module.roots().items() if name in held})
+        pl_module.variant = _in_words(artefact.recipe)
         log.info("loaded %d quantized layers from %s", len(self.report.map.quantized), artefact.folder)
 
 
@@ -274,6 +281,17 @@ def _progress(trainer: pl.Trainer) -> Iterator[Callable[[str, int, int], None]]:
 
 def _patterns(given: list[str] | str | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _for_task(recipe: Recipe, pl_module: Any) -> Recipe:
+    """Leave out the layers that the task has and does not use; its calibration batches do not reach them."""
+    unused = tuple(getattr(pl_module, "unused_layers", tuple)())
+    return replace(recipe, exclude=(*recipe.exclude, *unused)) if unused else recipe
+
+
+def _in_words(recipe: Recipe) -> str:
+    widths = [f"{t} W{getattr(recipe.bits, f'{t}_weight')}A{getattr(recipe.bits, f'{t}_activation')}" for t in TOWERS]
+    return f"{name_of(recipe)}, {', '.join(widths)}"
 
 
 def _refuse_beside_load(names: list[str]) -> None:

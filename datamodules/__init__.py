@@ -11,7 +11,8 @@ from datamodules.captioning import (
 from datamodules.coco import CocoRetrieval
 from datamodules.flickr import Flickr8kRetrieval, Flickr30kRetrieval
 from datamodules.imagenet import ImageFolderClassification, ImageNetV2
-from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval
+from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval, MiniVQA
+from datamodules.vqa import VQAv2
 
 __all__ = [
     "CocoCaptioning",
@@ -27,5 +28,7 @@ __all__ = [
     "MiniClassification",
     "MiniPretrain",
     "MiniRetrieval",
+    "MiniVQA",
     "QuantDataModule",
+    "VQAv2",
 ]

@@ -3,11 +3,16 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from datamodules.images import ContentIndex, Picture, damage
 from lit_clipq.errors import CalibrationError, DataError
+
+if TYPE_CHECKING:
+    from lit_clipq.models import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +107,18 @@ def choose_pictures(
     if len(chosen) < samples:
         logger.warning("%d calibration samples were asked for, %d pictures are there", samples, len(chosen))
     return with_one_caption(chosen, seed)
+
+
+def caption_tokens(pictures: Sequence[Picture], preprocessing: "Preprocessing") -> Tensor | None:
+    """Tokenise the first text of each picture.
+
+    Returns:
+        int64 (n, context length), or None with a warning where a picture has no text.
+    """
+    if not all(picture.captions for picture in pictures):
+        logger.warning("the calibration pictures have no captions: the text tower gets no calibration data")
+        return None
+    return preprocessing.tokenizer([picture.captions[0] for picture in pictures])
 
 
 def with_one_caption(pictures: Sequence[Picture], seed: int) -> list[Picture]:

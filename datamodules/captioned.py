@@ -1,16 +1,14 @@
 """What retrieval and captioning share: pictures with captions."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from datamodules.base import QuantDataModule
+from datamodules.calibration import caption_tokens
 from datamodules.captions import read_captioned_folder
 from datamodules.images import Picture, list_pictures
-
-logger = logging.getLogger(__name__)
 
 
 class CaptionedDataModule(QuantDataModule):
@@ -18,10 +16,7 @@ class CaptionedDataModule(QuantDataModule):
 
     def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:  # noqa: ARG002
         """Return the tokens of each picture's caption, or None where calibration pictures have no captions."""
-        if not all(picture.captions for picture in pictures):
-            logger.warning("the calibration pictures have no captions: the text tower gets no calibration data")
-            return None
-        return self.checked_preprocessing().tokenizer([picture.captions[0] for picture in pictures])
+        return caption_tokens(pictures, self.checked_preprocessing())
 
     def read_folder(self, folder: Path) -> list[Picture]:
         """List the pictures of a calibration folder, with captions where its layout is one of COCO's or Flickr's."""

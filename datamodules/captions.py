@@ -1,10 +1,13 @@
 """Caption files: COCO JSON, Karpathy's splits, and the tables of Flickr8k and Flickr30k."""
 
 import contextlib
+import gzip
 import io
 import json
+import zipfile
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,36 @@ KARPATHY_NAMES = ("dataset_coco.json", "dataset_flickr30k.json", "dataset_flickr
 KARPATHY_TRAIN = frozenset({"train", "restval"})
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """Read a JSON file, bare, compressed (.gz), or alone in an archive (.zip).
+
+    Args:
+        path: The file.
+        object_hook: What becomes of each object, innermost first; keeps large files small in memory.
 
     Raises:
-        DataError: The file is absent, unreadable, truncated or no JSON.
+        DataError: The file is absent, unreadable, truncated or no JSON, or an archive does not hold exactly one.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(_unpacked(path), object_hook=object_hook)
+    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
+        raise DataError(f"{path} cannot be unpacked ({error}); it may be truncated: fetch it again.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: fetch it again.") from error
+
+
+def _unpacked(path: Path) -> bytes:
+    if path.suffix == ".gz":
+        return gzip.decompress(path.read_bytes())
+    if path.suffix != ".zip":
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        names = [n for n in archive.namelist() if n.endswith(".json") and not n.startswith("__MACOSX/")]
+        if len(names) != 1:
+            raise DataError(f"{path} holds {len(names)} JSON files, expected one; unpack it by hand.")
+        return archive.read(names[0])
 
 
 def read_lines(path: Path) -> list[str]:
@@ -76,7 +97,7 @@ def read_coco_captions(annotations: Path, images: Path, captions_per_image: int 
     if orphans:
         raise DataError(
             f"{annotations} has captions of {len(orphans):,} pictures that it does not list "
-            f"(image_id {_some(orphans)}); add them to `images` or remove the captions."
+            f"(image_id {some(orphans)}); add them to `images` or remove the captions."
         )
     if len(coco.imgs) != len(listed):
         raise DataError(f"{annotations} lists {len(listed) - len(coco.imgs):,} picture ids twice; ids must be unique.")
@@ -164,21 +185,21 @@ def with_captions(
         raise DataError(f"{source} lists no pictures; expected at least one.")
     bare = [path.name for path, texts in zip(paths, captions, strict=True) if not texts]
     if bare:
-        raise DataError(f"{source} lists {len(bare):,} pictures without captions ({_some(bare)}).")
+        raise DataError(f"{source} lists {len(bare):,} pictures without captions ({some(bare)}).")
     twice = [path.name for path, count in Counter(paths).items() if count > 1]
     if twice:
-        raise DataError(f"{source} lists {len(twice):,} pictures more than once ({_some(twice)}).")
+        raise DataError(f"{source} lists {len(twice):,} pictures more than once ({some(twice)}).")
     blank = [
         path.name
         for path, texts in zip(paths, captions, strict=True)
         if not all(isinstance(text, str) and text.strip() for text in texts)
     ]
     if blank:
-        raise DataError(f"{source} has captions that are empty or no text, for {_some(blank)}.")
+        raise DataError(f"{source} has captions that are empty or no text, for {some(blank)}.")
     given = ids if ids is not None and all(isinstance(key, int) for key in ids) else [None] * len(paths)
     again = [key for key, count in Counter(given).items() if key is not None and count > 1]
     if again:
-        raise DataError(f"{source} gives {len(again):,} ids to more than one picture ({_some(again)}).")
+        raise DataError(f"{source} gives {len(again):,} ids to more than one picture ({some(again)}).")
     rows = zip(paths, captions, given, strict=True)
     return [Picture(p, tuple(text.strip() for text in texts), image_id=key) for p, texts, key in rows]
 
@@ -204,8 +225,8 @@ def read_captioned_folder(folder: Path) -> list[Picture]:
 
 
 def find_file(root: Path, names: Iterable[str]) -> Path | None:
-    """Return the first of these files in `root`, `root/annotations` or `root/karpathy`, or None."""
-    candidates = (root / part / name for name in names for part in ("", "annotations", "karpathy"))
+    """Return the first of these files in `root`, `root/annotations`, `root/karpathy` or `root/vqa`, or None."""
+    candidates = (root / part / name for name in names for part in ("", "annotations", "karpathy", "vqa"))
     return next((path for path in candidates if path.is_file()), None)
 
 
@@ -242,6 +263,7 @@ def _split_comma(line: str) -> tuple[str, str]:
     return name.strip(), caption
 
 
-def _some(items: Iterable[Any]) -> str:
+def some(items: Iterable[Any]) -> str:
+    """Return the first three of them, for an error message."""
     shown = [str(item) for item in islice(items, 4)]
     return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")

@@ -2,7 +2,7 @@
 
 A transfer goes to `<name>.part` with the server's validator beside it and is renamed once its size and checksum are
 right; an archive is unpacked into a temporary folder whose entries are renamed into place. The checksums are the
-SHA-256 that TensorFlow Datasets records for these addresses.
+SHA-256 that TensorFlow Datasets, and for VQA v2 ParlAI, record for these addresses.
 """
 
 import hashlib
@@ -98,6 +98,30 @@ IMAGENET_V2 = Archive(
     {"imagenetv2-matched-frequency-format-val": 1_000},
     1_264_079_360,
     "f0c37fdf925916b19ea1323cd9a2208cdb6959ba2c32eef2a7fc393835c9ca7c",
+)
+VQA_TRAIN_QUESTIONS = Archive(
+    "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Questions_Train_mscoco.zip",
+    {"v2_OpenEnded_mscoco_train2014_questions.json": 1},
+    7_239_401,
+    "05a64b6e2582d06d7585f5429674a9a33851878be1bff9f8668cdcf792df611e",
+)
+VQA_VAL_QUESTIONS = Archive(
+    "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Questions_Val_mscoco.zip",
+    {"v2_OpenEnded_mscoco_val2014_questions.json": 1},
+    3_494_929,
+    "e71f6c5c3e97a51d050f28243e262b28cd0c48d11a6b4632d769d30d3f93222a",
+)
+VQA_TRAIN_ANNOTATIONS = Archive(
+    "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Train_mscoco.zip",
+    {"v2_mscoco_train2014_annotations.json": 1},
+    21_708_861,
+    "fb101bcefe91422c543c2bb6d70af11eb3119d0ff745ae283d09acdf66250853",
+)
+VQA_VAL_ANNOTATIONS = Archive(
+    "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa/v2_Annotations_Val_mscoco.zip",
+    {"v2_mscoco_val2014_annotations.json": 1},
+    10_518_930,
+    "0caae7c8d1dafd852727f5ac046bc1efca9b72026bd6ffa34fc489f3a7b3291e",
 )
 
 

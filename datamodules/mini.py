@@ -1,6 +1,6 @@
-"""The mini world: training pairs, retrieval and classification, written to disk on first use."""
+"""The mini world: training pairs, retrieval, classification and questions, written to disk on first use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,16 +9,20 @@ import torch
 from lightning import LightningDataModule
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.captioned import CaptionedDataModule
-from datamodules.captions import read_coco_captions
+from datamodules.captions import read_coco_captions, read_json
 from datamodules.imagenet import ImageFolderClassification
 from datamodules.images import Picture
 from datamodules.retrieval import RetrievalDataModule
-from datamodules.sampler import shard
+from datamodules.sampler import ShuffledBatches, shard
+from datamodules.vqa import VQADataModule
+from datamodules.vqa_files import Question, read_questions
 from lit_clipq.errors import ConfigError
-from lit_clipq.mini import ensure_world, world_folder
+from lit_clipq.metrics.functional import AnswerVocabulary
+from lit_clipq.mini import PRESETS, ensure_world, world_folder
+from lit_clipq.mini.world import vqa_annotations
 from lit_clipq.models import Preprocessing
 
 Pairs = tuple[Tensor, Tensor]
@@ -105,6 +109,75 @@ class MiniClassification(ImageFolderClassification):
     def options(self) -> dict[str, Any]:
         """Add the preset."""
         return {**super().options(), "preset": self.preset}
+
+
+class MiniVQA(VQADataModule):
+    """Three questions about each picture of the mini world; calibration pictures are its calibration split.
+
+    Training asks about the first 6,000 pictures of the world "train", which is written when training needs it. The
+    vocabulary is counted over their questions and those of the "full" evaluation, so that it is the same for both
+    presets, and without reading or writing these worlds.
+
+    Args:
+        root: Folder of worlds; by default the cache folder. What is absent is written there, nothing is downloaded.
+        preset: "small" evaluates 500 pictures, "full" 2,500.
+        workers: Processes that draw the training world on first use.
+        **kwargs: See `VQADataModule` and `QuantDataModule`.
+    """
+
+    calibration_split = "calibration"
+
+    def __init__(
+        self, root: str | None = None, preset: Literal["small", "full"] = "small", workers: int = 2, **kwargs: Any
+    ) -> None:
+        super().__init__(root=str(world_folder(root, preset)), **kwargs)
+        if workers < 1:
+            raise ConfigError(f"--data.workers must be at least 1, got {workers}.")
+        self.preset = preset
+        self.workers = workers
+
+    def prepare_data(self) -> None:
+        """Write the world where it is absent, and that of training to train, on one process per machine."""
+        ensure_world(self.root.parent, self.preset)
+        if self.fits():
+            ensure_world(self.root.parent, "train", self.workers)
+
+    def absent(self) -> str | None:
+        """Say that the world is not written yet."""
+        return None if self.root.is_dir() else ABSENT.format(self.root)
+
+    def count_answers(self) -> AnswerVocabulary:
+        """Count the vocabulary of the training split and the "full" evaluation, whatever is on disk."""
+        counted = (("train", "train"), ("full", "val"))
+        rows = [row for preset, split in counted for row in _annotations(preset, split)]
+        return AnswerVocabulary.from_common_answers(
+            (row["multiple_choice_answer"] for row in rows), self.min_answer_count
+        )
+
+    def read_split(self, split: str) -> list[Question]:
+        """Read the questions of a split; the world of training is written where it is absent."""
+        folder = self._world(split) / "vqa"
+        return read_questions(
+            folder / f"v2_OpenEnded_mini_{split}_questions.json", folder / f"v2_mini_{split}_annotations.json"
+        )
+
+    def picture_paths(self, split: str, image_ids: Sequence[int]) -> list[Path]:
+        """Return the file of each picture, as the caption file names it."""
+        world = self._world(split)
+        listed = read_json(world / "annotations" / f"captions_{split}.json")["images"]
+        names = {row["id"]: row["file_name"] for row in listed}
+        return [world / "images" / names[image_id] for image_id in image_ids]
+
+    def options(self) -> dict[str, Any]:
+        """Add the preset."""
+        return {**super().options(), "preset": self.preset}
+
+    def _world(self, split: str) -> Path:
+        return ensure_world(self.root.parent, "train", self.workers) if split == "train" else self.root
+
+
+def _annotations(preset: str, split: str) -> list[dict[str, Any]]:
+    return vqa_annotations(split, PRESETS[preset].questioned[split])[1]["annotations"]
 
 
 class MiniPretrain(LightningDataModule):
@@ -218,8 +291,8 @@ class PairDataset(Dataset):
         return pixels * (self.range / 255).to(pixels.device) + self.black.to(pixels.device)
 
 
-class EpochBatches(Sampler[Tensor]):
-    """Batches of (picture, caption) in an order drawn from seed and epoch; each process takes its share of each batch.
+class EpochBatches(ShuffledBatches):
+    """Batches of (picture, caption), int64 (B, 2); see `ShuffledBatches`.
 
     Args:
         size: Number of pictures.
@@ -229,23 +302,9 @@ class EpochBatches(Sampler[Tensor]):
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, captions: int = 5) -> None:
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
+        super().__init__(size, batch_size, seed)
         self.captions = captions
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; a Trainer calls this before each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size // (self.batch_size * shard()[1])
 
     def __iter__(self) -> Iterator[Tensor]:
-        rank, world_size = shard()
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator)
-        rows = torch.stack([order, (order + self.epoch) % self.captions], dim=1)
-        for batch in rows.split(self.batch_size * world_size)[: len(self)]:
-            yield batch[rank::world_size]
+        for pictures in super().__iter__():
+            yield torch.stack([pictures, (pictures + self.epoch) % self.captions], dim=1)

@@ -85,8 +85,13 @@ class ClipQuantCLI(LightningCLI):
                 if f"--quantize.{name}" not in given:
                     options[name] = None
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the options to the configuration; a task checks the checkpoint that it is given."""
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Make the Trainer; what Lightning says about its options is this program's own kind of error."""
+        if self.subcommand != "fit":
+            kwargs["logger"] = False  # the record of an evaluation is its results file
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:

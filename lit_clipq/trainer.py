@@ -28,6 +28,7 @@ from lit_clipq.recipes import Recipe, name_of
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
+_MEASUREMENT_FORMAT = 2  # of remembered measurements
 _PACKAGES = ("lit-clipq", "torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "timm")
 
 
@@ -67,6 +68,8 @@ class Measurement:
     metrics: dict[str, float]
     scores: dict[str, Scores]
     samples: dict[str, int]
+    bytes: int
+    """Size of the networks; a checkpoint may bring some of them."""
     captioned: dict[str, CaptionedRow] = field(default_factory=dict)
     """Caption, references and file of each picture by its id as text; of captioning only."""
 
@@ -171,8 +174,9 @@ class QuantTrainer(Trainer):
             )
         if self.is_global_zero:
             _check_writable(Path(self.results))
+        if ckpt_path is None:
+            model.prepare_weights()
         callback.preflight(self, model, weights_are_final=ckpt_path is None)
-        float_bytes = sum(stored_bytes(root) for root in model.roots().values())
         captions = CaptionFiles.of(model, Path(self.results), resume=self.resume)
         parts = self._fingerprint(model, datamodule, ckpt_path)
         captions.begin_pass("float", parts)
@@ -184,7 +188,7 @@ class QuantTrainer(Trainer):
             outcome = run()
             quantized = _measurement(model, datamodule)
             captions.end_pass("quantized", quantized.captioned, write=self.is_global_zero)
-        self.comparison = self._summarise(callback, model, float_bytes, measured, quantized)
+        self.comparison = self._summarise(callback, model, measured, quantized)
         if self.is_global_zero:
             write_json(Path(self.results), self.comparison.to_json())
             self.page = captions.write_page(measured, quantized if callback.active else None)
@@ -246,6 +250,7 @@ class QuantTrainer(Trainer):
         datamodule.prepare_data()
         datamodule.setup("validate")
         return {
+            "format": _MEASUREMENT_FORMAT,
             "model": state_hash(model),
             "checkpoint": None if ckpt_path is None else hashlib.sha256(Path(ckpt_path).read_bytes()).hexdigest(),
             "task": type(model).__name__,
@@ -257,9 +262,7 @@ class QuantTrainer(Trainer):
             "versions": versions(),
         }
 
-    def _summarise(
-        self, callback: Quantizing, model: Any, float_bytes: int, measured: Measurement, quantized: Measurement
-    ) -> Comparison:
+    def _summarise(self, callback: Quantizing, model: Any, measured: Measurement, quantized: Measurement) -> Comparison:
         report = callback.report if callback.active else None
         recipe = callback.recipe if callback.active else None
         return Comparison(
@@ -272,8 +275,8 @@ class QuantTrainer(Trainer):
             quantized_metrics=quantized.metrics,
             differences=_differences(measured, quantized),
             samples=measured.samples,
-            float_bytes=float_bytes,
-            quantized_bytes=report.quantized_bytes if report else float_bytes,
+            float_bytes=measured.bytes,
+            quantized_bytes=quantized.bytes,
             calibration_seconds=report.seconds if report else 0.0,
             calibration_samples=report.samples if report else 0,
             map=report.map if report else QuantizationMap(),
@@ -296,7 +299,8 @@ def _measurement(model: Any, datamodule: Any) -> Measurement:
     scores = {
         name: Scores(s.values.double().tolist(), s.clusters.tolist()) for name, s in model.sample_scores().items()
     }
-    return Measurement(model.results(), scores, counts, captioned_rows(model))
+    stored = sum(stored_bytes(root) for root in model.roots().values())
+    return Measurement(model.results(), scores, counts, stored, captioned_rows(model))
 
 
 def _read_measurement(path: Path) -> Measurement | None:
@@ -306,7 +310,9 @@ def _read_measurement(path: Path) -> Measurement | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         scores = {name: Scores(**value) for name, value in content["scores"].items()}
-        return Measurement(content["metrics"], scores, content["samples"], content.get("captioned", {}))
+        return Measurement(
+            content["metrics"], scores, content["samples"], content["bytes"], content.get("captioned", {})
+        )
     except (ValueError, KeyError, TypeError):
         log.warning("ignoring the damaged float measurement %s; it is measured again", path)
         return None

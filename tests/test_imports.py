@@ -28,7 +28,8 @@ ALLOWED = {
         "lit_clipq.api",
     },
     "lit_clipq.metrics": set(),
-    "lit_clipq.tasks": {"lit_clipq.models", "lit_clipq.metrics"},
+    "lit_clipq.features": {"lit_clipq.models"},
+    "lit_clipq.tasks": {"lit_clipq.models", "lit_clipq.metrics", "lit_clipq.features", "lit_clipq.mini"},
     "lit_clipq.analysis": {
         "lit_clipq.metrics.functional",
         "lit_clipq.nn",

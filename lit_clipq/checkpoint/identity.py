@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from lit_clipq.errors import ModelError
 from lit_clipq.models import LoadedCLIP
 from lit_clipq.models.configs import ModelConfig
+from lit_clipq.models.state import state_hash
 from lit_clipq.nn.modules import QModule
 
 VOCABULARY_FILE = "vocabulary.txt.gz"
@@ -111,15 +109,6 @@ def identify(loaded: LoadedCLIP, *, with_weights: bool = True) -> ModelIdentity:
         weights_hash=state_hash(loaded.model) if with_weights else "",
         vocabulary=vocabulary,
     )
-
-
-def state_hash(module: nn.Module) -> str:
-    """Hash names, shapes, types and bytes of a module's state."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in module.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()
 
 
 def _weights(pretrained: str | None) -> str:

@@ -5,6 +5,7 @@ from lit_clipq.metrics.captioning import CIDEr
 from lit_clipq.metrics.classification import TopKAccuracy
 from lit_clipq.metrics.functional import BootstrapInterval, SampleScores, paired_bootstrap
 from lit_clipq.metrics.retrieval import RetrievalRecall
+from lit_clipq.metrics.vqa import VQAAccuracy
 
 __all__ = [
     "BootstrapInterval",
@@ -14,5 +15,6 @@ __all__ = [
     "SampleKeyedMetric",
     "SampleScores",
     "TopKAccuracy",
+    "VQAAccuracy",
     "paired_bootstrap",
 ]

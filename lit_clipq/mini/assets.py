@@ -19,6 +19,7 @@ MINI_MODELS: tuple[str, ...] = ("mini-vit", "mini-resnet", "mini-vit-outlier", "
 WEIGHT_HASHES: dict[str, str] = {
     "mini-vit": "4bb2efc27f9f21abbd7bda095cf399f22cd86087e7afe17f8649abf055357210",
     "mini-resnet": "c2adf10b426101e6aef3dff9571d5e87d8583983dff746b10270c0d6e8bfd835",
+    "mini-vit-vqa": "5cd3d87d79dbb16cc220a483d57117e9fd70612ca062e571394590af9e8ddf61",
 }
 """SHA-256 of the shipped weight files: they are frozen, as the world is."""
 
@@ -67,6 +68,22 @@ def language_model_path() -> Path:
             "package again, or train them with `lightning fit --config configs/mini/pretrain_gpt2.yaml`."
         )
     return LANGUAGE_MODEL_DIR
+
+
+def head_path(name: str) -> Path:
+    """Return the question-answering head that was trained on a mini model; an outlier model has that of its original.
+
+    Raises:
+        ModelError: no mini model of that name, or no head for it in this installation.
+    """
+    _check(name)
+    path = WEIGHTS_DIR / f"{name.removesuffix(_OUTLIER)}-vqa.safetensors"
+    if not path.is_file():
+        raise ModelError(
+            f"expected a question-answering head of '{name}' in {path}, which is absent; train one with "
+            f"`lightning fit --config configs/mini/vqa.yaml --model.name {name}`."
+        )
+    return path
 
 
 def _planted(name: str, original: Path) -> Path:

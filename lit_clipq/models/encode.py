@@ -34,7 +34,7 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     Returns:
         Embeddings (B, D), not normalised.
     """
-    tower = _end_token_tower(model)
+    tower = end_token_tower(model)
     if tower is None:
         return model.encode_text(tokens, normalize=False)  # type: ignore[operator]
     end = tower.end_positions(tokens)
@@ -52,7 +52,7 @@ def text_lengths(model: nn.Module, tokens: Tensor) -> Tensor:
     Returns:
         int64 (B,): the length up to and including the end token for a causal tower pooled there, else L.
     """
-    tower = _end_token_tower(model)
+    tower = end_token_tower(model)
     if tower is None:
         return torch.full((len(tokens),), tokens.shape[1], dtype=torch.int64, device=tokens.device)
     return tower.end_positions(tokens) + 1
@@ -60,17 +60,17 @@ def text_lengths(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def has_end_token_rule(model: nn.Module) -> bool:
     """Tell whether the text tower is causal and pooled at the end token, so that later positions never matter."""
-    return _end_token_tower(model) is not None
+    return end_token_tower(model) is not None
 
 
 def end_token_root(model: nn.Module) -> nn.Module | None:
     """Return the module with the parts of a causal text tower that is pooled at the end token, else None."""
-    tower = _end_token_tower(model)
+    tower = end_token_tower(model)
     return None if tower is None else tower.root
 
 
 @dataclass(frozen=True)
-class _EndTokenTower:
+class EndTokenTower:
     """A causal open_clip text tower that is pooled at its end token.
 
     Attributes:
@@ -86,13 +86,18 @@ class _EndTokenTower:
         marks = tokens if self.eos_id is None else (tokens == self.eos_id).int()
         return marks.argmax(dim=-1)
 
-    def encode(self, tokens: Tensor, end: Tensor) -> Tensor:
-        """Embed tokens (B, L) pooled at the positions `end` (B,); the mask and the positions are cut to L."""
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Run the blocks on tokens (B, L), the mask and the positions cut to L; (B, L, width) before `ln_final`."""
         root = self.root
         length = tokens.shape[1]
         dtype = root.transformer.get_cast_dtype()
         x = root.token_embedding(tokens).to(dtype) + root.positional_embedding[:length].to(dtype)
-        x = root.transformer(x, attn_mask=root.attn_mask[:length, :length])
+        return root.transformer(x, attn_mask=root.attn_mask[:length, :length])  # type: ignore[no-any-return]
+
+    def encode(self, tokens: Tensor, end: Tensor) -> Tensor:
+        """Embed tokens (B, L) pooled at the positions `end` (B,)."""
+        root = self.root
+        x = self.hidden(tokens)
         # the final LayerNorm works on each position alone: only the pooled one is needed
         x = root.ln_final(x[torch.arange(len(x), device=x.device), end])
         if root.text_projection is None:
@@ -100,7 +105,7 @@ class _EndTokenTower:
         return root.text_projection(x) if isinstance(root.text_projection, nn.Module) else x @ root.text_projection
 
 
-def _end_token_tower(model: Any) -> _EndTokenTower | None:
+def end_token_tower(model: Any) -> EndTokenTower | None:
     """Return the text tower where the rule of the end token holds, else None."""
     root, pool, eos = model, getattr(model, "text_pool_type", None), getattr(model, "text_eos_id", None)
     if hasattr(model, "text"):
@@ -111,5 +116,5 @@ def _end_token_tower(model: Any) -> _EndTokenTower | None:
     if not causal or appends_class_token or getattr(root, "use_pad_mask", False):
         return None
     if pool == "argmax":
-        return _EndTokenTower(root, None)
-    return _EndTokenTower(root, eos) if pool == "eos" and eos is not None else None
+        return EndTokenTower(root, None)
+    return EndTokenTower(root, eos) if pool == "eos" and eos is not None else None

@@ -280,7 +280,8 @@ class _Run:
             raise CalibrationError(
                 "the Fisher objective needs calibration pairs of pictures and texts, got "
                 f"{sum(c['image'] for c in counts)} pictures and {sum(c['text'] for c in counts)} texts that are not "
-                "paired batch by batch; give captions or take the Gauss-Newton objective"
+                "paired batch by batch; give captions or, for a task without image-text softmax, take the Gauss-Newton "
+                "objective"
             )
         order = sorted((number, i) for i, number in enumerate(n for numbers, _ in pieces for n in numbers))
         image, text = (

@@ -6,5 +6,14 @@ from lit_clipq.tasks.classification import ZeroShotClassification
 from lit_clipq.tasks.contrastive import ContrastiveTask
 from lit_clipq.tasks.language import LanguageModelling
 from lit_clipq.tasks.retrieval import Retrieval
+from lit_clipq.tasks.vqa import VQA
 
-__all__ = ["Captioning", "ClipTask", "ContrastiveTask", "LanguageModelling", "Retrieval", "ZeroShotClassification"]
+__all__ = [
+    "VQA",
+    "Captioning",
+    "ClipTask",
+    "ContrastiveTask",
+    "LanguageModelling",
+    "Retrieval",
+    "ZeroShotClassification",
+]

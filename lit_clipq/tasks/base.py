@@ -35,6 +35,7 @@ class ClipTask(LightningModule):
         self.preprocessing = self.loaded.preprocessing
         self.model_name = name
         self.pretrained = pretrained
+        self.variant = "float"  # what was done to the networks, in words; set by whoever does it
         self._evaluation: Evaluation | None = None
         self._results: dict[str, float] = {}
 
@@ -58,6 +59,13 @@ class ClipTask(LightningModule):
         if texts is not None:
             outputs["text"] = self.embed_texts(texts)
         return outputs
+
+    def prepare_weights(self) -> None:
+        """Load what an evaluation needs and the constructor has not loaded, before a first look at the weights."""
+
+    def unused_layers(self) -> tuple[str, ...]:
+        """Shell patterns of the layers in `roots` that no output of `calibration_forward` depends on."""
+        return ()
 
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeddings of images (B, 3, H, W), float32 (B, D) of length 1."""
@@ -89,7 +97,8 @@ class ClipTask(LightningModule):
 
     def setup(self, stage: str) -> None:  # noqa: ARG002 Lightning's signature
         """Let every rank take part in the evaluation."""
-        for loop in (self.trainer.validate_loop, self.trainer.test_loop):
+        in_training = self.trainer.fit_loop.epoch_loop.val_loop
+        for loop in (self.trainer.validate_loop, self.trainer.test_loop, in_training):
             if type(loop) is _EvaluationLoop:
                 loop.__class__ = _AllRanksEvaluationLoop
 

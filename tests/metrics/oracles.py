@@ -1,6 +1,7 @@
 """Slow and obvious versions of the metrics: loops in float64 over items and, for tiny cases, over every order."""
 
 import math
+import re
 from itertools import combinations, permutations
 
 import torch
@@ -120,3 +121,39 @@ def _common(a, b):
             if all(token in rest for token in chosen):
                 return size
     return 0
+
+
+def processed_answer(text):
+    """The official rules read character by character, without contractions."""
+    number = any(
+        a.isdecimal() and b == "," and c.isdecimal() for a, b, c in zip(text, text[1:], text[2:], strict=False)
+    )
+
+    def kept(mark):
+        beside_space = any(pair in text for pair in (mark + " ", " " + mark))
+        return "" if number or beside_space else " "
+
+    marks = ";/[]{}()=+_-><@`,?!" + '"' + chr(92)
+    text = "".join(kept(character) if character in marks else character for character in text)
+    text = re.sub(r"(?!<=\d)(\.)(?!\d)", "", text, count=32)
+    numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    words = [str(numbers.index(word)) if word in numbers else word for word in text.lower().split()]
+    return " ".join("0" if word == "none" else word for word in words if word not in ("a", "an", "the"))
+
+
+def leave_one_out(prediction, answers):
+    """Mean over annotators of min(1, others with this answer / 3), for answers that no rule changes."""
+    total = 0.0
+    for left_out in range(len(answers)):
+        others = [answer for index, answer in enumerate(answers) if index != left_out]
+        total += min(1.0, sum(answer == prediction for answer in others) / 3)
+    return total / len(answers)
+
+
+def vqa(preds, target, types):
+    scores = [leave_one_out(said, answers) for said, answers in zip(preds, target, strict=True)]
+    found = {"vqa_accuracy": sum(scores) / len(scores)}
+    for name in set(types):
+        of_type = [score for score, kind in zip(scores, types, strict=True) if kind == name]
+        found[f"vqa_accuracy_{name.replace('/', '_')}"] = sum(of_type) / len(of_type)
+    return found

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_clipq.metrics import CIDEr, RetrievalRecall, TopKAccuracy
+from lit_clipq.metrics import CIDEr, RetrievalRecall, TopKAccuracy, VQAAccuracy
 from tests.metrics import oracles
 
 
@@ -68,6 +68,25 @@ def _captioning_oracle(batches):
     return oracles.captioning(preds, target)
 
 
+def _vqa_batch(start):
+    """Five questions about three pictures; one answer type is in one batch only."""
+    words = ("red", "blue", "green")
+    generator = torch.Generator().manual_seed(start)
+    votes = torch.randint(0, 3, (5, 10), generator=generator).tolist()
+    return {
+        "preds": [words[index] for index in torch.randint(0, 3, (5,), generator=generator).tolist()],
+        "target": [[words[vote] for vote in row] for row in votes],
+        "answer_type": ["yes/no", "number", "other", "other", "colour" if start == 200 else "number"],
+        "ids": 10 * start + torch.arange(5),
+        "image_ids": start + torch.tensor([0, 0, 1, 2, 1]),
+    }
+
+
+def _vqa_oracle(batches):
+    columns = ([row for batch in batches for row in batch[key]] for key in ("preds", "target", "answer_type"))
+    return oracles.vqa(*columns)
+
+
 STARTS = (300, 100, 200)  # ids do not arrive in order
 CASES = {
     "retrieval": MetricCase(
@@ -79,4 +98,5 @@ CASES = {
         lambda: TopKAccuracy(ks=(1, 3)), [_classification_batch(start) for start in STARTS], _classification_oracle
     ),
     "captioning": MetricCase(CIDEr, [_captioning_batch(start) for start in STARTS], _captioning_oracle),
+    "vqa": MetricCase(VQAAccuracy, [_vqa_batch(start) for start in STARTS], _vqa_oracle),
 }

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from lit_clipq.cli import main
 from lit_clipq.errors import ModelError
-from lit_clipq.mini import CONFIG_DIR, MINI_MODELS, config_path, ensure_world, weights_path
+from lit_clipq.mini import CONFIG_DIR, MINI_MODELS, config_path, ensure_world, head_path, weights_path
 from lit_clipq.mini.assets import WEIGHT_HASHES
 from lit_clipq.mini.outliers import OutlierOptions, plant_outliers
 from lit_clipq.models import encode_image, encode_text, load_clip, make_explicit
@@ -115,3 +116,18 @@ def test_trained_model_finds_captions_far_above_chance_and_below_perfection(name
     owners = torch.tensor([owner[a["image_id"]] for a in rows])
     recall = ((text @ image.T).argmax(dim=1) == owners).double().mean().item()
     assert 0.4 < recall < 0.95
+
+
+def test_the_shipped_head_is_the_recorded_one_and_sees(tmp_path):
+    path = head_path("mini-vit")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == WEIGHT_HASHES["mini-vit-vqa"]
+    assert path.stat().st_size < 2e6
+    assert head_path("mini-vit-outlier") == path
+    results = tmp_path / "results.json"
+    run = ["validate", "--config", "configs/mini/vqa.yaml", "--trainer.accelerator", "cpu", "--results", str(results)]
+    assert main([*run, "--trainer.enable_progress_bar", "false"]) == 0
+    metrics = json.loads(results.read_text())["metrics"]["float"]
+    assert metrics["vqa_accuracy"] == pytest.approx(0.541, abs=0.003)  # other kernels round ties otherwise
+    assert metrics["vqa_accuracy_other"] > 0.4  # 0.16 without pictures
+    with pytest.raises(ModelError, match="mini-resnet-vqa"):
+        head_path("mini-resnet")

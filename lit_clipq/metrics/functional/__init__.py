@@ -10,23 +10,28 @@ from lit_clipq.metrics.functional.ptb import ptb_tokens
 from lit_clipq.metrics.functional.retrieval import recall_name, retrieval_hits
 from lit_clipq.metrics.functional.rows import distinct_rows
 from lit_clipq.metrics.functional.scores import SampleScores
+from lit_clipq.metrics.functional.vqa import AnswerVocabulary, count_matches, process_answer, vqa_scores
 
 __all__ = [
+    "AnswerVocabulary",
     "BootstrapInterval",
     "LabelRanks",
     "SampleScores",
     "cider_d",
     "corpus_bleu",
+    "count_matches",
     "distinct_rows",
     "exact_mean",
     "expected_hits",
     "label_ranks",
     "match_captions",
     "paired_bootstrap",
+    "process_answer",
     "ptb_tokens",
     "read_captions",
     "recall_name",
     "retrieval_hits",
     "rouge_l",
+    "vqa_scores",
     "write_captions",
 ]

@@ -1,0 +1,158 @@
+"""Compute the token features of a frozen CLIP for all questions of a split, or find them on disk."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lit_clipq.errors import ConfigError, ModelError
+from lit_clipq.features.key import FeatureKey, items_hash
+from lit_clipq.features.questions import AskedQuestion, FeatureBatch
+from lit_clipq.features.store import FeatureStore, gather
+from lit_clipq.models import (
+    Preprocessing,
+    encode_image_tokens,
+    encode_text_tokens,
+    text_token_mask,
+    token_sizes,
+)
+from lit_clipq.models.state import network_hash
+from lit_clipq.paths import cache_dir
+
+logger = logging.getLogger(__name__)
+
+_TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Where and how features are kept."""
+
+    folder: str | None = None
+    """Folder of the cache; by default one for each model, recipe and picture set in the cache folder."""
+    dtype: Literal["float16", "int8"] = "float16"
+    """Half precision, or bytes with a scale for each token (half the size)."""
+    shared: bool = True
+    """Whether all machines of a run see the same folder; otherwise each makes its own."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float16", "int8"):
+            raise ConfigError(f"--model.cache.dtype must be float16 or int8, got {self.dtype!r}.")
+
+
+class QuestionData(Protocol):
+    """What is asked of a data module."""
+
+    answers: Any
+    """The vocabulary; its `encode_batch` makes targets."""
+
+    def questions_of(self, split: Any) -> Sequence[AskedQuestion]:
+        """List the questions of a split."""
+
+    def image_ids_of(self, split: Any) -> Sequence[int]:
+        """List the ids of its pictures."""
+
+    def picture_items(self, split: Any) -> Sequence[Any]:
+        """List what tells each picture from others, as plain values."""
+
+    def picture_batches(self, split: Any, numbers: Sequence[int]) -> Iterable[Tensor]:
+        """Yield the preprocessed pictures of the given numbers, float (B, 3, H, W), in this order."""
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """The features of one frozen network."""
+
+    clip: nn.Module
+    preprocessing: Preprocessing
+    model: str
+    """The model, in words."""
+    variant: str
+    """What was done to it, in words."""
+    options: CacheOptions
+    group: int = 0
+    """Processes of the same number see the same folder."""
+
+    @cached_property
+    def network(self) -> str:
+        """Hash of the network, the same on all processes.
+
+        Raises:
+            ModelError: If processes hold different networks.
+        """
+        hashes = gather(network_hash(self.clip))
+        if len(set(hashes)) > 1:
+            raise ModelError(
+                f"{len(set(hashes))} different networks are on the {len(hashes)} processes of this run, expected one; "
+                "quantize once with --quantize.save and train with --quantize.load."
+            )
+        return hashes[0]
+
+    def batches(self, data: QuestionData, split: str) -> FeatureBatch:
+        """Return the collation of a split's questions; computes what is not on disk.
+
+        A collective call. The global random state is left as it was, whatever had to be computed.
+
+        Args:
+            data: The data module, set up.
+            split: "train" or "val".
+
+        Raises:
+            ConfigError: The folder holds another cache.
+            DataError: The cache cannot be written; see `FeatureStore.fill`.
+        """
+        device = next(self.clip.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            texts = list(dict.fromkeys(question.text for question in data.questions_of(split)))
+            tokens = self.preprocessing.tokenizer(texts)
+            lengths = text_token_mask(self.clip, tokens).sum(1)
+            order = torch.argsort(lengths, stable=True)  # texts of a length together, so that batches can be trimmed
+            texts, tokens = [texts[row] for row in order.tolist()], tokens[order].to(torch.int32)
+            sizes = token_sizes(self.clip, tokens[:1].long())
+            pictures = data.picture_items(split)
+            images = self._store(split, "images", pictures, [sizes.image_tokens] * len(pictures), sizes.image_width)
+            images.fill(lambda numbers: self._image_features(data.picture_batches(split, numbers)), self.group)
+            words = self._store(split, "texts", texts, lengths[order].tolist(), sizes.text_width)
+            words.fill(lambda numbers: self._text_features(tokens, numbers), self.group)
+        return FeatureBatch(
+            images,
+            {image_id: row for row, image_id in enumerate(data.image_ids_of(split))},
+            words,
+            {text: row for row, text in enumerate(texts)},
+            data.answers.encode_batch,
+        )
+
+    def _store(
+        self, split: str, kind: Literal["images", "texts"], items: Sequence[Any], lengths: list[int], width: int
+    ) -> FeatureStore:
+        key = FeatureKey(
+            model=self.model,
+            network=self.network,
+            variant=self.variant,
+            preprocessing=self.preprocessing.fingerprint,
+            kind=kind,
+            items=items_hash(items),
+            count=len(items),
+            dtype=self.options.dtype,
+        )
+        if self.options.folder is None:
+            folder = cache_dir() / "features" / key.digest()
+        else:
+            folder = Path(self.options.folder).expanduser() / f"{split}-{kind}"
+        return FeatureStore(folder, key, lengths, width)
+
+    def _image_features(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        device = next(self.clip.parameters()).device
+        for images in batches:
+            yield from encode_image_tokens(self.clip, images.to(device)).float()
+
+    def _text_features(self, tokens: Tensor, numbers: list[int]) -> Iterator[Tensor]:
+        device = next(self.clip.parameters()).device
+        for rows in torch.tensor(numbers).split(_TEXTS_AT_ONCE):
+            features, mask = encode_text_tokens(self.clip, tokens[rows].long().to(device))
+            yield from (feature[valid].float() for feature, valid in zip(features, mask, strict=True))
