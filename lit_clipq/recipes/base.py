@@ -83,10 +83,25 @@ def make_recipe(name: str, **options: Any) -> Recipe:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"unknown recipe {name!r}, expected one of {', '.join(recipe_names())}{hint}")
     recipe = _RECIPES[name][0]
+    options = _nested(options)
     unknown = sorted(set(options) - {f.name for f in fields(recipe)})
     if unknown:
         raise ConfigError(f"recipe {name!r} has no option {', '.join(unknown)}; leave it out")
     return _filled(recipe(), options)
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn names with dots, as on a command line, into dictionaries: `search.distance` is `distance` of `search`."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        head, _, rest = name.partition(".")
+        if rest and isinstance(found.setdefault(head, {}), Mapping):
+            found[head] = {**found[head], rest: value}
+        elif isinstance(value, Mapping) and isinstance(found.get(head), Mapping):
+            found[head] = {**found[head], **value}
+        else:
+            found[head] = value
+    return {name: _nested(value) if isinstance(value, Mapping) else value for name, value in found.items()}
 
 
 def _filled(default: Any, options: Mapping[str, Any]) -> Any:
@@ -98,8 +113,19 @@ def _filled(default: Any, options: Mapping[str, Any]) -> Any:
         if get_origin(hints[name]) is Literal and value not in get_args(hints[name]):
             raise ConfigError(f"{name} must be one of {', '.join(get_args(hints[name]))}; got {value!r}")
         current = getattr(default, name)
-        chosen[name] = _filled(current, value) if is_dataclass(current) and isinstance(value, Mapping) else value
+        if is_dataclass(current) and isinstance(value, Mapping):
+            chosen[name] = _filled(current, value)
+        elif isinstance(current, bool | int | float | str) and not _fits(value, current):
+            raise ConfigError(f"{name} must be of type {type(current).__name__}, as {current!r} is; got {value!r}")
+        else:
+            chosen[name] = value
     return replace(default, **chosen)
+
+
+def _fits(value: Any, current: Any) -> bool:
+    if isinstance(current, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(current)
 
 
 def name_of(recipe: Recipe) -> str:
