@@ -275,13 +275,18 @@ class _Run:
                     own.setdefault(name, []).append(value.float().cpu())
         pieces = gather((numbers, {name: torch.cat(values) for name, values in own.items()}))
         pieces = [piece for piece in pieces if piece[0]]
+        others = sorted({name for _, rows in pieces for name in rows} - {"image", "text"})
+        if others:
+            raise CalibrationError(
+                f"the Fisher objective takes embeddings of pictures and texts, got {', '.join(others)}; for "
+                "a task without image-text softmax take the Gauss-Newton objective"
+            )
         counts = [{name: len(rows[name]) if name in rows else 0 for name in ("image", "text")} for _, rows in pieces]
         if any(set(count.values()) != {len(piece[0])} for count, piece in zip(counts, pieces, strict=True)):
             raise CalibrationError(
                 "the Fisher objective needs calibration pairs of pictures and texts, got "
                 f"{sum(c['image'] for c in counts)} pictures and {sum(c['text'] for c in counts)} texts that are not "
-                "paired batch by batch; give captions or, for a task without image-text softmax, take the Gauss-Newton "
-                "objective"
+                "paired batch by batch; give captions or take the Gauss-Newton objective"
             )
         order = sorted((number, i) for i, number in enumerate(n for numbers, _ in pieces for n in numbers))
         image, text = (

@@ -189,7 +189,7 @@ def test_ranks_share_training_and_validation_texts(text_data, monkeypatch):
     text_data.batch_size = 4
     train, dev = [], []
     for rank in range(2):
-        for module in ("datamodules.captioning", "datamodules.mini"):
+        for module in ("datamodules.captioning", "datamodules.sampler"):
             monkeypatch.setattr(f"{module}.shard", lambda rank=rank: (rank, 2))
         train += [row for batch in text_data.train_dataloader() for row in decode(text_data, batch)]
         dev += [row for batch in text_data.val_dataloader() for row in decode(text_data, batch)]

@@ -119,5 +119,5 @@ def equal(a, b):
 
 
 if __name__ == "__main__":  # a training that kills itself
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(sys.argv[4]))  # sums depend on it
     fit(Path(sys.argv[1]), Path(sys.argv[2]), save=True, kill_after=int(sys.argv[3]))
