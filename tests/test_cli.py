@@ -36,12 +36,12 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str, config: str = "mi
 
 
 def test_a_run_prints_the_table_and_writes_everything(tmp_path, capsys):
-    results = validate(tmp_path, "--quantize.bits", "3", "--quantize.attention_products", "true")
+    results = validate(tmp_path, "--quantize.bits", "3")
     printed = capsys.readouterr().out
     for word in ("float", "quantized", "difference", "recall@1_i2t", "model size (MB)", "calibration (s)", "N: "):
         assert word in printed
     assert results["task"] == "Retrieval"
-    assert (results["model"], results["pretrained"], results["recipe"]) == ("mini-vit", "mini", "vanilla")
+    assert (results["model"], results["pretrained"], results["recipe"]) == ("mini-vit", "mini", "ptq4clip")
     assert set(results["bits"].values()) == {3}
     assert set(results["metrics"]["float"]) == set(results["metrics"]["quantized"])
     assert results["metrics"]["float"]["recall@1_i2t"] > results["metrics"]["quantized"]["recall@1_i2t"]
@@ -98,7 +98,7 @@ def test_widths_of_towers_and_operands_reach_the_map(tmp_path):
 
 def test_a_later_config_wins(tmp_path):
     overlay = tmp_path / "overlay.yaml"
-    overlay.write_text("quantize:\n  bits: 6\n  attention_products: true\n")
+    overlay.write_text("quantize:\n  bits: 6\n  recipe: vanilla\n  attention_products: true\n")
     results = validate(tmp_path, "--config", str(overlay))
     assert set(results["bits"].values()) == {6}
     assert any(entry["kind"] == "matmul" and not entry["reason"] for entry in results["map"])
@@ -106,7 +106,7 @@ def test_a_later_config_wins(tmp_path):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys):
     path = tmp_path / "results.json"
-    options = ["--results", str(path), "--quantize.dry_run", "true"]
+    options = ["--results", str(path), "--quantize.dry_run", "true", "--quantize.recipe", "vanilla"]
     assert main(["validate", "--config", "mini/retrieval", *LIMIT, *options]) == 0
     printed = capsys.readouterr().out
     assert "clip.visual.conv1" in printed
