@@ -36,13 +36,13 @@ def refused(capsys: pytest.CaptureFixture[str], *options: str, config: str = "mi
 
 
 def test_a_run_prints_the_table_and_writes_everything(tmp_path, capsys):
-    results = validate(tmp_path, "--quantize.bits", "3")
+    results = validate(tmp_path, "--quantize.bits", "2")
     printed = capsys.readouterr().out
     for word in ("float", "quantized", "difference", "recall@1_i2t", "model size (MB)", "calibration (s)", "N: "):
         assert word in printed
     assert results["task"] == "Retrieval"
     assert (results["model"], results["pretrained"], results["recipe"]) == ("mini-vit", "mini", "ptq4clip")
-    assert set(results["bits"].values()) == {3}
+    assert set(results["bits"].values()) == {2}
     assert set(results["metrics"]["float"]) == set(results["metrics"]["quantized"])
     assert results["metrics"]["float"]["recall@1_i2t"] > results["metrics"]["quantized"]["recall@1_i2t"]
     interval = results["metrics"]["difference"]["recall@1_i2t"]
@@ -51,7 +51,7 @@ def test_a_run_prints_the_table_and_writes_everything(tmp_path, capsys):
     assert results["calibration_samples"] == 32
     assert results["calibration_seconds"] > 0
     assert results["float_macs_share"] < 0.01
-    assert any(entry["weight_bits"] == 3 for entry in results["map"])
+    assert any(entry["weight_bits"] == 2 for entry in results["map"])
     assert results["samples"]["images"] == 60
     assert set(results["versions"]) >= {"lit-clipq", "torch", "lightning", "open_clip_torch"}
     assert results["seed"] == 0
@@ -93,7 +93,12 @@ def test_classification_runs_with_both_towers_of_the_resnet(tmp_path):
 def test_widths_of_towers_and_operands_reach_the_map(tmp_path):
     results = validate(tmp_path, "--quantize.vision_bits", "6", "--quantize.text_weight_bits", "4")
     widths = {(e["tower"], e["weight_bits"], e["activation_bits"]) for e in results["map"] if not e["reason"]}
-    assert widths == {("vision", 6, 6), ("text", 4, 8)}
+    layers, products, table = (
+        {("vision", 6, 6), ("text", 4, 8)},
+        {("vision", None, 6), ("text", None, 8)},
+        ("text", 4, 32),
+    )
+    assert widths == layers | products | {table}
 
 
 def test_a_later_config_wins(tmp_path):
