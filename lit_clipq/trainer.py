@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from torch import distributed as dist
 
 from lit_clipq.analysis.caption_run import CaptionedRow, CaptionFiles, captioned_rows, digest_of
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
@@ -220,7 +221,16 @@ class QuantTrainer(Trainer):
         return measured
 
     def _remembered(self, cache: Path) -> Measurement | None:
-        """Read a remembered measurement; all ranks find it or none does, although another run may write it now."""
+        """Read a remembered measurement; all ranks find it or none does, although another run may write it now.
+
+        The first process decides. It tells those it is about to start by the environment, and once there is a
+        process group (a second evaluation of the same program) by a broadcast.
+        """
+        if dist.is_available() and dist.is_initialized():
+            found: Measurement | None = self.strategy.broadcast(
+                _read_measurement(cache) if self.is_global_zero else None
+            )
+            return found
         if not self.is_global_zero and os.environ.get(_FLOAT_LOOP) == "run":
             return None
         found = _read_measurement(cache)
@@ -234,11 +244,14 @@ class QuantTrainer(Trainer):
         """Name the file of this float measurement; `None` where it cannot be trusted to be the same.
 
         Ranks on other machines may see another cache folder, those that another program started (torchrun) another
-        moment of it, and all ranks must take the same way.
+        moment of it, and all ranks must take the same way. To Lightning a process that it started itself looks as
+        if another program had (both set `LOCAL_RANK`): only the former knows what the first process decided.
         """
         environment = getattr(self.strategy, "cluster_environment", None)
         apart = self.world_size > 1 and (environment is None or environment.creates_processes_externally)
-        if not self.float_cache or self.num_nodes > 1 or apart or parts is None:
+        grouped = dist.is_available() and dist.is_initialized()
+        decided = not self.is_global_zero and _FLOAT_LOOP in os.environ
+        if not self.float_cache or self.num_nodes > 1 or (apart and not grouped and not decided) or parts is None:
             return None
         return cache_dir() / "float" / f"{digest_of(parts)[:32]}.json"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,30 @@ def test_a_network_that_is_quantized_is_not_measured_as_float(tmp_path):
     trainer.validate(task, datamodule=MiniRetrieval(limit=20))
     with pytest.raises(ConfigError, match="quantized by an earlier run"):
         trainer.validate(task, datamodule=MiniRetrieval(limit=20))
+
+
+def test_two_processes_take_up_the_remembered_float_measurement(tmp_path, cache_folder):
+    """To Lightning a process that it started itself looks as if another program had started it."""
+    shutil.rmtree(cache_folder / "float", ignore_errors=True)
+    alone = validate(tmp_path, "--quantize.recipe", "vanilla")
+    (remembered,) = (cache_folder / "float").glob("*.json")
+    content = json.loads(remembered.read_text())
+    remembered.write_text(json.dumps({**content, "samples": {**content["samples"], "images": 12345}}))
+    path = tmp_path / "two.json"
+    options = [*LIMIT, "--quantize.recipe", "vanilla", "--results", str(path), "--trainer.devices", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", "lit_clipq.cli", "validate", "--config", "mini/retrieval", *options],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    remembered.unlink()
+    assert result.returncode == 0, result.stderr
+    together = json.loads(path.read_text())
+    assert together["samples"]["images"] == 12345  # only the remembered file says so
+    assert together["metrics"] == alone["metrics"]
 
 
 @pytest.mark.parametrize("name", ["callbacks", "datamodules"])
