@@ -42,7 +42,6 @@ VARIANTS = {
     "bias correction": ["--quantize.options.bias_correction=true"],
     "a scale a tensor": ["--quantize.options.per_channel=false"],
     "observations stored in bfloat16": ["--quantize.options.store_bfloat16=true"],
-    "others at min-max while one is searched": ["--quantize.options.search.from_min_max=true"],
 }
 REFERENCE = "reference weighting"
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from lit_clipq.functional.granularity import PerChannel, PerTensor, PerToken
 from lit_clipq.functional.search import linear_multipliers
 from lit_clipq.functional.twin import gelu_fake_quantize, softmax_fake_quantize
-from lit_clipq.functional.uniform import broadcastable, fake_quantize
 from lit_clipq.nn.quantizer import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 
 
@@ -29,7 +28,7 @@ class Candidates(ABC):
 
     @abstractmethod
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
-        """Round `x` to the grids that `index` (channels,) names."""
+        """Round `x` (*shape) to each of the grids that `index` (A, channels) names: (A, *shape)."""
 
     def pooled(self, sums: Tensor) -> Tensor:
         """Add sums (*, out) of the channels of a product up to (*, channels), those of the scales."""
@@ -75,9 +74,14 @@ class UniformCandidates(Candidates):
         self.segment_of = torch.repeat_interleave(sizes).to(self.scale.device) if segments else None
 
     def scale_of(self, index: Tensor) -> Tensor:
-        """Return the scale that `index` (channels,) names, of the scale shape."""
-        factors = self.multipliers[index if self.segment_of is None else index[self.segment_of]]
-        return self.scale * factors.reshape(self.scale.shape)
+        """Return the scales that `index` (*, channels) names, of the scale shape each."""
+        factors = self.multipliers[index if self.segment_of is None else index[..., self.segment_of]]
+        return self.scale * factors.reshape((*index.shape[:-1], *self.scale.shape))
+
+    def limits(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the values between which the grid of `index` clips nothing: half a step beyond its outermost codes."""
+        scale = self.scale_of(index)
+        return tuple(scale * (q - self.zero_point) for q in (self.quantizer.qmin - 0.5, self.quantizer.qmax + 0.5))  # type: ignore[return-value]
 
     def pooled(self, sums: Tensor) -> Tensor:
         """Add sums up within each segment."""
@@ -98,12 +102,21 @@ class UniformCandidates(Candidates):
         return some
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
-        """Round to the scaled grids."""
-        q = self.quantizer
-        if q.symmetric and isinstance(q.granularity, PerChannel):  # torch's fused operator would wait for the device
-            scale = broadcastable(self.scale_of(index), x, q.granularity)
-            return x.mul(1.0 / scale).round_().clamp_(q.qmin, q.qmax).mul_(scale)
-        return fake_quantize(x, self.scale_of(index), self.zero_point, q.qmin, q.qmax, q.granularity)
+        """Round to the scaled grids, to the bits that `fake_quantize` gives."""
+        q, scale = self.quantizer, self.scale_of(index)
+        scale = scale.flatten().view(len(index), *self._spread(self.scale, x))
+        steps = x.mul(1.0 / scale).round_()
+        if q.symmetric:
+            return steps.clamp_(q.qmin, q.qmax).mul_(scale)
+        zero = self.zero_point.view(self._spread(self.zero_point, x))
+        return steps.clamp_(q.qmin - zero, q.qmax - zero).mul_(scale)
+
+    def _spread(self, values: Tensor, x: Tensor) -> list[int]:
+        """Return the shape in which values of the scale shape meet `x`."""
+        shape = [1] * x.dim()
+        if values.dim():
+            shape[self.quantizer.granularity.axis] = -1  # type: ignore[union-attr]
+        return shape
 
     def commit(self, index: Tensor) -> None:
         """Set the scaled grids."""
@@ -129,8 +142,8 @@ class SoftmaxCandidates(Candidates):
         self.start = torch.full((1,), int((exponents + 3).abs().argmin()), device=device)
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
-        """Round to the twin grid with one split."""
-        return softmax_fake_quantize(x, self.splits[index].reshape(()), self.quantizer.bits)
+        """Round to the twin grids with these splits."""
+        return softmax_fake_quantize(x, _each(self.splits[index], x), self.quantizer.bits)
 
     def commit(self, index: Tensor) -> None:
         """Set the split."""
@@ -159,8 +172,8 @@ class GeluCandidates(Candidates):
         self.start = (self.steps - whole).abs().argmin().reshape(1)
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
-        """Round to the twin grid with one positive step."""
-        return gelu_fake_quantize(x, self.negative_step, self.steps[index].reshape(()), self.quantizer.bits)
+        """Round to the twin grids with these positive steps."""
+        return gelu_fake_quantize(x, self.negative_step, _each(self.steps[index], x), self.quantizer.bits)
 
     def commit(self, index: Tensor) -> None:
         """Set the positive step."""
@@ -176,12 +189,17 @@ class Fixed(Candidates):
         self.quantizer = quantizer
         self.start = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def apply(self, x: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002 - there is one grid
+    def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """Round to the grid."""
-        return self.quantizer(x)
+        return self.quantizer(x).expand(len(index), *x.shape)
 
     def commit(self, index: Tensor) -> None:
         """Nothing to set."""
+
+
+def _each(values: Tensor, x: Tensor) -> Tensor:
+    """View one value a grid (A, 1) so that it meets `x` once for each: (A, 1, ..., 1)."""
+    return values.view(len(values), *[1] * x.dim())
 
 
 @dataclass(frozen=True)

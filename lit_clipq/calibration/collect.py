@@ -35,8 +35,8 @@ class Observations:
     weight: Tensor | None = None
     target: Tensor | None = None
 
-    def select(self, chosen: Tensor) -> "Observations":
-        """Return the units where the boolean `chosen` (N,) holds."""
+    def select(self, chosen: Tensor | slice) -> "Observations":
+        """Return the units in a slice, or where a boolean (N,) holds."""
         return Observations(
             tuple(x[chosen] for x in self.inputs),
             self.keys[chosen],

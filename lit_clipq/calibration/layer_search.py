@@ -1,33 +1,31 @@
-"""Search the grids of one layer: weight and operands in turn, each coarse to fine."""
+"""Search the grids of one layer: both operands of its product together, from few units and candidates to all."""
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_clipq.calibration.candidates import CandidateGrid, Candidates, UniformCandidates
 from lit_clipq.calibration.collect import Observations
+from lit_clipq.calibration.comparison import Comparison, channel_axis
 from lit_clipq.calibration.distributed import gather, sum_over_ranks
-from lit_clipq.calibration.units import Draw, joined, thinned, with_influence
+from lit_clipq.calibration.units import Draw, joined, with_influence
 from lit_clipq.errors import CalibrationError
-from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
+from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
-from lit_clipq.functional.search import (
-    LINEAR_ROUNDS,
-    PRODUCT_ROUNDS,
-    TABLES,
-    Round,
-    Table,
-    coarse_to_fine,
-)
+from lit_clipq.functional.search import around, best_first, spaced, valley
 from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
 
-Operands = tuple[Tensor, ...]
-_APART = 4  # candidates of the last operand in the first table
+_CHANNELS = 192  # of a weight, evenly spread, that stand for all in the first tables
+_SPACING = 4  # of the candidates in them
+_SLACK = 1.5  # times the lowest loss: what may still hold the best candidate
+_LITTLE = 1.05  # times the lowest loss of a pair: what of the second operand may still hold the best
+_LOOKS = 10  # candidates of each operand in the table of both
+_FINALISTS = 6  # candidates that are compared on more data
 
 
 @dataclass(frozen=True)
@@ -36,17 +34,14 @@ class SearchOptions:
 
     grid: CandidateGrid = field(default_factory=CandidateGrid)
     """Which candidates are offered."""
-    tables: tuple[Table, ...] = TABLES
-    """Comparisons of both operands at once, to begin with; with none, the search begins from min-max."""
-    linear_rounds: tuple[Round, ...] = LINEAR_ROUNDS
-    """Searches of a weight and its input in turn."""
-    product_rounds: tuple[Round, ...] = PRODUCT_ROUNDS
-    """Searches of the operands of an attention product in turn."""
-    from_min_max: bool = False
-    """Whether an operand that was not searched yet is rounded to its min-max grid, instead of left float, while others
-    are searched."""
     distance: Distance = "hessian"
     """Weighted squared error, plain squared error, absolute error or 1 - cosine."""
+    exhaustive: bool = False
+    """Whether every candidate of one operand after the other is compared on all data, three times over, beginning from
+    min-max: the procedure of PTQ4ViT."""
+    errors: tuple[float, float, float] = (0.1, 0.04, 0.02)
+    """Relative standard errors of the objectives that say where to look, that give most candidates up, and that compare
+    the last ones: each is computed on as few units as it allows."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +88,14 @@ class LayerSearch:
     ) -> None:
         self.started = time.perf_counter()
         self.module, self.options, self.name = module, options, name
-        self.weight = module.weight.detach() if isinstance(module, QWeighted) else None
-        self.bias = module.bias.detach() if isinstance(module, QWeighted) and module.bias is not None else None
-        found = (self.weight, *(x for o in seen for x in o.inputs))
+        weight = module.weight.detach() if isinstance(module, QWeighted) else None
+        found = (weight, *(x for o in seen for x in o.inputs))
         self.device = device or next((x.device for x in found if x is not None), torch.device("cpu"))
         self.data = joined(seen)
-        self.candidates = self._candidates(self.data)
-        self.spans: dict[str, tuple[int, int]] = {}  # of operands that count as float, because they were not searched
-        self._start_from_min_max()
+        self.candidates = self._candidates(self.data, weight)
+        self.comparison = Comparison(module, self.candidates, options.distance, self.device)
+        self.first, self.second = self.comparison.names
+        self.chosen = {name: family.start for name, family in self.candidates.items()}
         self.unit = 1.0
         if options.distance == "hessian":
             if any(o.weight is None for o in self.data):
@@ -110,36 +105,35 @@ class LayerSearch:
         for o in self.data:
             o.inputs = tuple(x.float() for x in o.inputs)
             o.weight = o.weight.float() / self.unit if options.distance == "hessian" and o.weight is not None else None
-            o.target = self._product(o.inputs, self.weight, self.bias) if o.target is None else o.target
+            o.target = self.comparison.targets(o) if o.target is None else o.target
 
     @torch.no_grad()
     def run(self) -> LayerResult:
         """Search, give the quantizers their parameters, and say how it went."""
-        before, costs = self._assess()
-        draw = Draw(self.data, costs, self.device, self._convolution)
-        if not self.options.from_min_max:
-            self.spans = {name: (0, self.candidates[name].count - 1) for name in self._searched}
-        self._search_jointly(self.options.tables, draw)
-        for round_ in self.options.product_rounds if self.weight is None else self.options.linear_rounds:
-            self._search(round_, draw)
-        after, sqnr_db, clipped = self._judge()
+        before, _, costs = self._assess()
+        start = dict(self.chosen)
+        if self.options.exhaustive:
+            self._alternate(rounds=3)
+        elif self._searched:
+            self._narrow(Draw(self.data, costs, self.device, self._convolution))
+        after, sqnr_db, _ = self._assess()
         if after > before:  # what is best on a sample may be worse on everything
-            self._start_from_min_max()
-            self._search(Round(), draw)
-            after, sqnr_db, clipped = self._judge()
+            self.chosen = start
+            self._alternate(rounds=1, reach=3)
+            after, sqnr_db, _ = self._assess()
         for name, family in self.candidates.items():
             family.commit(self.chosen[name])
-        return LayerResult(before * self.unit, after * self.unit, sqnr_db, clipped, time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started
+        return LayerResult(before * self.unit, after * self.unit, sqnr_db, self._clipped(), seconds)
 
     @torch.no_grad()
     def mean_error(self) -> Tensor:
         """Return E[O^ - O] of each output channel, float32 (channels,), over all ranks; after `run`."""
-        channels = cast(Tensor, self.weight).shape[0]
+        channels = len(cast(Tensor, self.comparison.weight))
         total = torch.zeros(channels + 1, dtype=torch.float64, device=self.device)
-        weight = self._rounded_weight()
-        for o in self.data:
-            error = self._product(self._rounded_inputs(o), weight, self.bias) - cast(Tensor, o.target)
-            rows = error.movedim(_channel_axis(o), -1).reshape(-1, channels)
+        for number, part, output in self.comparison.outputs(self.data, *self._pick()):
+            target = cast(Tensor, self.data[number].target)[part]
+            rows = (output - target).movedim(channel_axis(target), -1).reshape(-1, channels)
             total[:-1] += rows.sum(0, dtype=torch.float64)
             total[-1] += len(rows)
         total = sum_over_ranks(total)
@@ -159,78 +153,17 @@ class LayerSearch:
         """The layer, if it is a convolution whose output positions are rows of a linear layer."""
         return self.module if isinstance(self.module, QConv2d) and self.module.groups == 1 else None
 
-    @property
-    def _searched(self) -> list[str]:
-        """Operands with more than one candidate: the weight first."""
-        return [name for name, family in self.candidates.items() if family.count > 1]
-
-    def _start_from_min_max(self) -> None:
-        self.chosen = {name: family.start for name, family in self.candidates.items()}
-        self.spans = {}
-
-    def _search_jointly(self, tables: tuple[Table, ...], draw: Draw) -> None:
-        """Choose where to begin: the last operand's grid whose best partner is the best."""
-        if self._searched[:1] != ["weight"] or len(self._searched) != 2 or not tables:
-            return
-        if isinstance(self.module, QConv2d) and self._convolution is None:
-            return
-        _, last = self._searched
-        count = self.candidates[last].count
-        inputs = torch.arange(_APART // 2, count, _APART, device=self.device)
-        for table in tables:
-            losses = self._table(inputs, draw, table)
-            best = losses.amin(0).sum(-1).argsort(stable=True)[: table.keep]
-            partners = losses[:, best[0]].argmin(0) * table.spacing
-            around = torch.arange(-table.spread, table.spread + 1, device=self.device)
-            inputs = (inputs[best, None] + around).clamp(0, count - 1).flatten()
-        self.chosen[last] = inputs[:1]
-        low, high = torch.stack(partners.aminmax()).tolist()
-        self.spans = {"weight": (low, min(high + table.spacing, self.candidates["weight"].count) - 1)}
-
-    def _table(self, inputs: Tensor, draw: Draw, table: Table) -> Tensor:
-        """Return the objective, float64 (M, X, C), by the weight's candidates and the given ones (X,) of the input."""
-        weight, last = cast(Tensor, self.weight), self._searched[1]
-        data = draw.about(table.sample)
-        rows = not isinstance(self.module, QConv2d) or draw.thins(table.sample)
-        step = max(1, len(weight) // table.channels) if rows else 1
-        data = thinned(data, step) if step > 1 else data
-        family, offered = self.candidates["weight"].every(step), self.candidates[last]
-        weight, bias = weight[::step], None if self.bias is None else self.bias[::step]
-        rounded = [[offered.apply(o.inputs[0], x[None]) for x in inputs] for o in data]
-        losses = []
-        for index in range(table.spacing // 2, family.count, table.spacing):
-            candidate = family.apply(weight, torch.full((family.channels,), index, device=self.device))
-            sums = torch.stack([self._zeros(len(weight), per_channel=True)] * len(inputs))
-            for o, operands in zip(data, rounded, strict=True):
-                for i, x in enumerate(operands):
-                    sums[i] += self._compare(self._product((x,), candidate, bias), o, per_channel=True)
-            losses.append(distance_from_sums(sum_over_ranks(family.pooled(sums)), self.options.distance))
-        return torch.stack(losses)
-
-    def _search(self, round_: Round, draw: Draw) -> None:
-        """Search one operand after the other."""
-        for name in self._searched:
-            evaluate, recheck = (self._evaluator(name, draw.about(n)) for n in (round_.sample, round_.recheck))
-            self.chosen[name] = coarse_to_fine(
-                evaluate,
-                self.candidates[name].count,
-                self.chosen[name],
-                round_,
-                span=self.spans.pop(name, None),
-                recheck=recheck if round_.finalists > 1 else None,
-            )
-
-    def _candidates(self, data: list[Observations]) -> dict[str, Candidates]:
+    def _candidates(self, data: list[Observations], weight: Tensor | None) -> dict[str, Candidates]:
         grid, module, found = self.options.grid, self.module, {}
         quantizer = module.weight_quantizer if isinstance(module, QWeighted) else None
-        if self.weight is not None and quantizer is not None:
+        if weight is not None and quantizer is not None:
             segments = tuple(getattr(module, "segments", ()))
             if isinstance(quantizer.granularity, PerTensor) and len(segments) > 1:
                 quantizer.granularity = PerChannel(0)  # the channels of one projection share a scale
-                low, high = (_shared(x, segments) for x in extrema(self.weight, quantizer.granularity))
+                low, high = (_shared(x, segments) for x in extrema(weight, quantizer.granularity))
                 found["weight"] = grid.of(quantizer, low[0], high[1], segments)
             else:
-                found["weight"] = grid.of(quantizer, *extrema(self.weight, quantizer.granularity))
+                found["weight"] = grid.of(quantizer, *extrema(weight, quantizer.granularity))
         for i, name in enumerate(module.operands):
             operand = module.operand_quantizers.get(name)
             if operand is not None:
@@ -253,96 +186,164 @@ class LayerSearch:
             )
         return low.min().to(self.device), high.max().to(self.device)
 
-    def _product(self, inputs: Operands, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return the product; rows or patches of a convolution go through it as through a linear layer."""
-        if weight is None:
-            return inputs[0] @ inputs[1]
-        x = inputs[0]
-        if x.dim() < 4:  # the rows of a linear layer, or patches
-            return torch.nn.functional.linear(x, weight.flatten(1), bias)
-        return nn.Conv2d._conv_forward(cast(nn.Conv2d, self.module), x, weight, bias)
+    @property
+    def _searched(self) -> list[str]:
+        """Operands with more than one candidate: the weight first."""
+        return [name for name, family in self.candidates.items() if family.count > 1]
 
-    def _rounded_weight(self) -> Tensor | None:
-        return None if self.weight is None else self._rounded("weight", self.weight)
+    def _pick(self) -> tuple[Tensor, Tensor]:
+        """Return what is chosen of the two operands, (1, channels) each; of one that stays float anything."""
+        nothing = torch.zeros(1, dtype=torch.int64, device=self.device)
+        first, second = (self.chosen.get(name, nothing)[None] for name in (self.first, self.second))
+        return first, second
 
-    def _rounded_inputs(self, o: Observations, skip: str = "") -> Operands:
-        return tuple(
-            x if name == skip else self._rounded(name, x)
-            for name, x in zip(self.module.operands, o.inputs, strict=True)
+    def _alternate(self, rounds: int, reach: int | None = None) -> None:
+        """Search one operand after the other on all data: every candidate, or those within reach of the chosen one."""
+        for _ in range(rounds):
+            for name in self._searched:
+                family, chosen = self.candidates[name], self.chosen[name][None]
+                if reach is None:
+                    everything = torch.arange(family.count, device=chosen.device)[:, None]
+                    offers = torch.cat([chosen, everything.expand(-1, family.channels)])
+                else:
+                    offers = around(chosen, reach, family.count)
+                self.chosen[name] = best_first(offers, self._losses(name, offers, self.data))[0]
+
+    def _narrow(self, draw: Draw) -> None:
+        """Search from coarse tables on few units to the last candidates on many."""
+        coarse, rough, fine = (draw.about(error) for error in self.options.errors)
+        if len(self._searched) == 1:
+            (name,) = self._searched
+            self._screen(name, (0, self.candidates[name].count - 1), rough, fine)
+        elif self.comparison.weight is None:
+            for name, span in self._meet(coarse, step=1).items():
+                self._screen(name, span, rough, fine)
+            self._settle(fine)
+        else:
+            rows = all(map(self.comparison.by_rows, rough))
+            step = max(1, self.candidates[self.first].channels // _CHANNELS) if rows else 1
+            spans = self._meet(coarse, step)
+            self._settle_input(spans, rough, fine, step)
+            self._screen(self.first, spans[self.first], rough, fine)
+
+    def _meet(self, data: list[Observations], step: int) -> dict[str, tuple[int, int]]:
+        """Choose the pair that is the best of a coarse table; return where to look on.
+
+        Each operand alone, the other in float, tells where its valley is. The objective of a grid of the second one is
+        the sum over channels of the minimum over the first one's grids.
+        """
+        first, second = self.candidates[self.first], self.candidates[self.second]
+        f_all, s_all = (self._row(0, family.count - 1, _SPACING) for family in (first, second))
+        f_low, f_high = valley(self._table(data, f_all, None, step)[:, 0], _SLACK)
+        s_low, s_high = valley(self._table(data, None, s_all, step).sum(-1).T, _SLACK)
+        f_span, s_span = (int(f_all[f_low]), int(f_all[f_high])), (int(s_all[s_low]), int(s_all[s_high]))
+        f_gap, s_gap = (max(1, (high - low) // _LOOKS) for low, high in (f_span, s_span))
+        f_some, s_some = self._row(*f_span, f_gap), self._row(*s_span, s_gap)
+        losses = self._table(data, f_some, s_some, step)
+        paired = losses.amin(0).sum(-1)
+        best = int(paired.argmin())
+        self._choose(self.second, s_some[best])
+        s_low, s_high = valley(paired[:, None], _LITTLE)
+        s_span = int(s_some[s_low]), int(s_some[s_high])
+        if self.comparison.weight is None:
+            partners = losses[:, best]
+            self._choose(self.first, f_some[int(partners.argmin())])
+            f_low, f_high = valley(partners, _LITTLE)
+            f_span = int(f_some[f_low]), int(f_some[f_high])
+        return {self.first: f_span, self.second: s_span}
+
+    def _settle_input(
+        self, spans: dict[str, tuple[int, int]], rough: list[Observations], fine: list[Observations], step: int
+    ) -> None:
+        """Choose the grid of a layer's input.
+
+        What a weight that adapts to it makes good is known from every n-th channel, which stands for all; what it costs
+        by itself, from all channels and more units.
+        """
+        offers, partners = self._row(*spans[self.second], 1), self._row(*spans[self.first], 2)
+        adapted = self._table(rough, partners, offers, step).amin(0).sum(-1)
+        alone = self._table(rough, None, offers, step)[0].sum(-1)
+        exact = self._table(fine, None, offers, 1)[0].sum(-1)
+        estimate = exact + (adapted - alone) * (exact.sum() / alone.sum())
+        self._choose(self.second, offers[estimate.argmin()])
+
+    def _settle(self, data: list[Observations]) -> None:
+        """Choose among the pairs around the chosen one."""
+        near = [around(self.chosen[name][None], 2, self.candidates[name].count) for name in self._searched]
+        losses = self.comparison.losses(data, *near)[..., 0]
+        best = losses.flatten().argmin()
+        for name, offers, place in zip(
+            self._searched, near, (best // losses.shape[1], best % losses.shape[1]), strict=True
+        ):
+            self.chosen[name] = offers[place]
+
+    def _screen(self, name: str, span: tuple[int, int], rough: list[Observations], fine: list[Observations]) -> None:
+        """Choose one operand's candidate, the other's as chosen: the best of a span on few units, then on more."""
+        offers = self._row(*span, 1)[:, None].expand(-1, self.candidates[name].channels)
+        offers = best_first(offers, self._losses(name, offers, rough))[:_FINALISTS]
+        offers = torch.cat([self.chosen[name][None], offers])
+        self.chosen[name] = best_first(offers, self._losses(name, offers, fine))[0]
+
+    def _row(self, low: int, high: int, gap: int) -> Tensor:
+        return torch.tensor(spaced(low, high, gap), device=self.device)
+
+    def _choose(self, name: str, candidate: Tensor) -> None:
+        """Choose one candidate for all channels."""
+        self.chosen[name] = candidate.expand_as(self.chosen[name]).clone()
+
+    def _table(self, data: list[Observations], first: Tensor | None, second: Tensor | None, step: int) -> Tensor:
+        """Return losses (A, B, channels) of candidates (A,) for all channels and (B,)."""
+        channels = self.candidates[self.first].every(step).channels if first is not None else 1
+        return self.comparison.losses(
+            data,
+            None if first is None else first[:, None].expand(-1, channels),
+            None if second is None else second[:, None],
+            step=step,
         )
 
-    def _rounded(self, name: str, x: Tensor) -> Tensor:
-        if name in self.spans or name not in self.candidates:
-            return x
-        return self.candidates[name].apply(x, self.chosen[name])
+    def _losses(self, name: str, offers: Tensor, data: list[Observations]) -> Tensor:
+        """Return losses (A, channels) of one operand's offers, the other as chosen."""
+        pair = (offers, self._pick()[1]) if name == self.first else (self._pick()[0], offers)
+        losses = self.comparison.losses(data, *pair, per_channel=name == self.first)
+        return losses[:, 0] if name == self.first else losses[0]
 
-    def _evaluator(self, name: str, data: list[Observations]) -> Callable[[Tensor], Tensor]:
-        """Return the objective by the indices of operand `name`, the others as chosen so far."""
-        family, of_weight = self.candidates[name], name == "weight"
-        inputs = [self._rounded_inputs(o, skip=name) for o in data]
-        weight = self.weight if of_weight else self._rounded_weight()
-        place = 0 if of_weight else self.module.operands.index(name)
+    def _assess(self) -> tuple[float, float, list[Tensor]]:
+        """Return (objective, SQNR in dB) of the chosen grids over all ranks, and what each unit of this rank costs."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # signal, noise
+        total: Tensor | float = 0.0
+        costs: list[list[Tensor]] = [[] for _ in self.data]
+        for number, part, output in self.comparison.outputs(self.data, *self._pick()):
+            o = self.data[number].select(part)
+            target = cast(Tensor, o.target)
+            sums[0] += torch.linalg.vector_norm(target).double() ** 2
+            sums[1] += torch.dist(output, target).double() ** 2
+            total = total + distance_sums(
+                output, target, o.weight, self.options.distance, axis=channel_axis(target), per_channel=False
+            )
+            # output holds the weighted errors now
+            if output.dim() == 3:
+                costs[number].append(output.sum(2))
+            elif self._convolution is not None:
+                costs[number].append(output.sum(1).flatten(1))
+            else:
+                costs[number].append(output.flatten(1).sum(1))
+        signal, noise = sum_over_ranks(sums).tolist()
+        objective = distance_from_sums(sum_over_ranks(cast(Tensor, total)), self.options.distance).item()
+        return objective, 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300)), [torch.cat(c) for c in costs]
 
-        def evaluate(index: Tensor) -> Tensor:
-            candidate = family.apply(self.weight, index) if of_weight and self.weight is not None else weight
-            sums = self._zeros(len(weight) if of_weight and weight is not None else 1, per_channel=of_weight)
-            for operands, o in zip(inputs, data, strict=True):
-                if not of_weight:
-                    operands = (*operands[:place], family.apply(operands[place], index), *operands[place + 1 :])
-                sums += self._compare(self._product(operands, candidate, self.bias), o, per_channel=of_weight)
-            return distance_from_sums(sum_over_ranks(family.pooled(sums)), self.options.distance)
-
-        return evaluate
-
-    def _zeros(self, channels: int = 1, *, per_channel: bool = False) -> Tensor:
-        """Return sums of nothing, which is what a rank without observations has."""
-        kinds = sums_of(self.options.distance, per_channel=per_channel)
-        return torch.zeros(kinds, channels, dtype=torch.float64, device=self.device)
-
-    def _compare(self, output: Tensor, o: Observations, *, per_channel: bool) -> Tensor:
-        return distance_sums(
-            output,
-            cast(Tensor, o.target),
-            o.weight,
-            self.options.distance,
-            axis=_channel_axis(o),
-            per_channel=per_channel,
-        )
-
-    def _assess(self) -> tuple[float, list[Tensor]]:
-        """Return the objective of the chosen grids over all ranks, and what each unit of this rank costs."""
-        total, costs, weight = self._zeros(), [], self._rounded_weight()
-        for o in self.data:
-            cost = self._product(self._rounded_inputs(o), weight, self.bias)
-            total += self._compare(cost, o, per_channel=False)
-            # cost holds the weighted squared errors now
-            by_position = cost.dim() == 4 and self._convolution is not None
-            costs.append(cost.sum(1).flatten(1) if by_position else cost.flatten(1).sum(1))
-        return distance_from_sums(sum_over_ranks(total), self.options.distance).item(), costs
-
-    def _judge(self) -> tuple[float, float, float]:
-        """Return (objective, SQNR in dB, share of clipped operand elements) of the chosen grids over all ranks."""
-        total, weight = self._zeros(), self._rounded_weight()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # signal, noise, clipped, elements
-        for o in self.data:
-            rounded, target = self._rounded_inputs(o), cast(Tensor, o.target)
-            output = self._product(rounded, weight, self.bias)
-            for i, x in enumerate((target, output - target)):
-                sums[i] += x.square().flatten(0, -2).sum(0).sum(dtype=torch.float64)
-            total += self._compare(output, o, per_channel=False)
-            for name, x, r in zip(self.module.operands, o.inputs, rounded, strict=True):
-                family = self.candidates.get(name)
-                if isinstance(family, UniformCandidates):
-                    sums[2] += ((x - r).abs_() > family.scale_of(self.chosen[name]) * 0.5001).sum()
-                    sums[3] += x.numel()
-        signal, noise, clipped, elements = sum_over_ranks(sums).tolist()
-        objective = distance_from_sums(sum_over_ranks(total), self.options.distance).item()
-        sqnr = 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300))
-        return objective, sqnr, clipped / elements if elements else 0.0
-
-
-def _channel_axis(o: Observations) -> int:
-    return -3 if cast(Tensor, o.target).dim() == 4 else -1
+    def _clipped(self) -> float:
+        """Return the share of operand elements outside of their grids, over all ranks."""
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for i, name in enumerate(self.module.operands):
+            family = self.candidates.get(name)
+            if isinstance(family, UniformCandidates):
+                low, high = family.limits(self.chosen[name])
+                for o in self.data:
+                    x = o.inputs[i]
+                    counts[0] += (x < low).sum() + (x > high).sum()
+                    counts[1] += x.numel()
+        clipped, elements = sum_over_ranks(counts).tolist()
+        return clipped / elements if elements else 0.0
 
 
 def _shared(values: Tensor, segments: tuple[int, ...]) -> Tensor:

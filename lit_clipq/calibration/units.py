@@ -1,7 +1,7 @@
 """Observations of one layer made ready for its search: joined, thinned out, and the same on every number of ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from lit_clipq.calibration.collect import Observations
 from lit_clipq.calibration.distributed import sum_over_ranks
 
-_FEWEST_UNITS, _FEWEST_ELEMENTS = 64, 2**16  # of the output: what a comparison should see at least
+_FEWEST_UNITS, _FEWEST_ELEMENTS = 24, 2**14  # of the output: what a comparison should see at least
 _FLOOR = 0.1  # of the mean cost: also units that seem not to matter are drawn sometimes
+_LOWEST_RATE, _STEPS = (
+    2.0**-14,
+    36,
+)  # rates at which units of mean cost are drawn, half an octave apart; the last is all
+_ROWS = 2**16  # more than a unit has rows or positions
+_AT_ONCE = 2**17  # units whose chances are held at a time
 
 
 def joined(seen: list[Observations]) -> list[Observations]:
@@ -52,27 +58,20 @@ def with_influence(data: Sequence[Observations]) -> list[Observations]:
     return kept
 
 
-def thinned(data: Sequence[Observations], step: int) -> list[Observations]:
-    """Return every n-th output channel of the targets and weights of rows."""
-
-    def some(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, ::step].contiguous()
-
-    return [replace(o, weight=some(o.weight), target=some(o.target)) for o in data]
-
-
 @dataclass
 class Draw:
     """Draws units of a layer for comparisons that need not see them all.
 
-    Units that cost more are drawn rather, and weigh 1 / their chance; without gradients all are equally likely. What is
-    drawn depends on keys and costs alone, and its rate on sums over ranks, so that any number of ranks draws the same.
-    Small layers are drawn from less, or not at all. Of a convolution output positions are drawn, each with the patch of
-    the input that it sees: rows of a linear layer.
+    A unit is drawn with chance p and weighs 1 / p. With gradients p grows with what an error of the unit costs, c; then
+    the sum over drawn units has the relative standard error `sqrt(sum c^2 (1 / p - 1)) / sum c`, and as many are drawn
+    as a wanted error takes: few where few units decide (a pooled tower's class tokens), many where all matter alike.
+    What is drawn depends on keys and costs alone, and its number on sums over ranks, so that any number of ranks draws
+    the same. Of a convolution output positions are drawn, each with the patch of the input that it sees: rows of a
+    linear layer. Of matrix products rows of the left operand are.
 
     Args:
         data: What there is to draw from, with targets.
-        costs: For each, what an error of each unit costs, float32 (N,), of a convolution (B, H W).
+        costs: For each, what an error of each unit costs, float32 (N,); of a convolution (B, H W), of products (P, M).
         device: Where the ranks exchange.
         convolution: The layer, if it is a convolution of one group.
     """
@@ -82,48 +81,54 @@ class Draw:
     device: torch.device
     convolution: nn.Module | None = None
     _drawn: dict[int, list[Observations]] = field(default_factory=dict)
-    _totals: tuple[float, float, float] | None = None
 
-    def thins(self, every: int) -> bool:
-        """Tell, on every rank alike, whether `about` leaves units out."""
-        return self._rate(every) > 1
-
-    def about(self, every: int) -> list[Observations]:
-        """Return about one of `every` units, or the data as they are."""
-        every = self._rate(every)
-        if every == 1:
-            return list(self.data)
-        if every not in self._drawn:
-            self._drawn[every] = [self._draw(o, c, every) for o, c in zip(self.data, self.costs, strict=True)]
-        return self._drawn[every]
-
-    def _rate(self, every: int) -> int:
-        """Return how many units there are to one that is drawn."""
-        if self._totals is None:
-            self._totals = self._add_up()
-        units, elements, _ = self._totals
-        return max(1, min(every, int(units) // _FEWEST_UNITS, int(elements) // _FEWEST_ELEMENTS))
-
-    def _add_up(self) -> tuple[float, float, float]:
-        """Return units, elements of their outputs, and costs over all ranks."""
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+    def __post_init__(self) -> None:
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # units, elements of their outputs, costs
         for o, cost in zip(self.data, self.costs, strict=True):
-            totals[0] += cost.numel()
-            totals[1] += _known(o.target).numel()
-            totals[2] += cost.sum(dtype=torch.float64)
+            sizes = (cost.numel(), _known(o.target).numel())
+            totals += torch.stack([*(totals.new_tensor(size) for size in sizes), cost.sum(dtype=torch.float64)])
         units, elements, cost = sum_over_ranks(totals).tolist()
-        return units, elements, cost
+        self.mean_cost = cost / max(units, 1) if cost > 0 else 0.0
+        rates = torch.exp2(torch.arange(_STEPS, dtype=torch.float64, device=self.device) / 2) * _LOWEST_RATE
+        expected = torch.zeros(2, _STEPS, dtype=torch.float64, device=self.device)  # number, sum c^2 (1 / p - 1)
+        for o, cost in zip(self.data, self.costs, strict=True):
+            for relative in self._relative(o, cost).flatten().split(_AT_ONCE):
+                chance = _chance(relative, rates[:, None])
+                expected[0] += chance.sum(1)
+                expected[1] += (relative.square() * (1 / chance - 1)).sum(1)
+        number, variance = sum_over_ranks(expected)
+        enough = (number >= _FEWEST_UNITS) & (number * (elements / max(units, 1)) >= _FEWEST_ELEMENTS)
+        errors = torch.where(enough, variance.sqrt() / max(units, 1), torch.inf)
+        self._rates, self._errors = rates.tolist(), errors.tolist()
 
-    def _draw(self, o: Observations, cost: Tensor, every: int) -> Observations:
-        units, _, total = cast(tuple[float, float, float], self._totals)
-        keys = o.keys if cost.dim() == 1 else o.keys[:, None] + torch.arange(cost.shape[1], device=cost.device)
-        chance = torch.full_like(cost, 1 / every, dtype=torch.float64)
-        if o.weight is not None and total > 0:
-            chance = (cost.double() * (units / total)).clamp(min=_FLOOR).div(every).clamp(max=1)
+    def about(self, error: float) -> list[Observations]:
+        """Return as many units as that relative standard error of their sum takes, or the data as they are."""
+        step = next((i for i, found in enumerate(self._errors) if found <= error), _STEPS - 1)
+        if self._errors[step] == 0 or step == _STEPS - 1:
+            return list(self.data)
+        if step not in self._drawn:
+            rate = self._rates[step]
+            self._drawn[step] = [self._draw(o, c, rate) for o, c in zip(self.data, self.costs, strict=True)]
+        return self._drawn[step]
+
+    def _relative(self, o: Observations, cost: Tensor) -> Tensor:
+        """Return costs in units of their mean over all ranks, 1 each without gradients, float64."""
+        if o.weight is None or not self.mean_cost:
+            return torch.ones_like(cost, dtype=torch.float64)
+        return (cost.double() / self.mean_cost).clamp_(min=_FLOOR)
+
+    def _draw(self, o: Observations, cost: Tensor, rate: float) -> Observations:
+        keys = o.keys if cost.dim() == 1 else o.keys[:, None] * _ROWS + torch.arange(cost.shape[1], device=cost.device)
+        chance = _chance(self._relative(o, cost), rate)
         chosen = _hashed(keys).double() / 2**31 < chance
-        drawn = o.select(chosen) if cost.dim() == 1 else self._patches(o, chosen)
+        if cost.dim() == 1:
+            drawn, weights = o.select(chosen), 1 / chance[chosen]
+        elif self.convolution is not None:
+            drawn, weights = self._patches(o, chosen), 1 / chance[chosen]
+        else:
+            return _products(o, chosen, chance)
         if drawn.weight is not None:
-            drawn.weight = drawn.weight / chance[chosen].float().view(-1, *[1] * (drawn.weight.dim() - 1))
+            drawn.weight = drawn.weight * weights.float().view(-1, *[1] * (drawn.weight.dim() - 1))
         return drawn
 
     def _patches(self, o: Observations, chosen: Tensor) -> Observations:
@@ -139,6 +144,24 @@ class Draw:
         return Observations((torch.cat(drawn),), chosen.nonzero()[:, 0], weight, rows(_known(o.target)))
 
 
+def _products(o: Observations, chosen: Tensor, chance: Tensor) -> Observations:
+    """Return matrix products with the chosen rows (P, M) of the left operand only.
+
+    Products without any are left out; those with fewer rows than others are filled up with rows of weight 0.
+    """
+    some = chosen.any(1)
+    most = max(1, int(chosen.sum(1).max())) if len(chosen) else 1
+    rows = chosen[some].int().argsort(dim=1, descending=True, stable=True)[:, :most]  # (P', R)
+
+    def gathered(x: Tensor) -> Tensor:
+        return x[some].gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+    weights = gathered((chosen / chance).float()[..., None])
+    left, right = o.inputs
+    weight = weights if o.weight is None else gathered(o.weight) * weights
+    return Observations((gathered(left), right[some]), o.keys[some], weight, gathered(_known(o.target)))
+
+
 def patches_of(x: Tensor, layer: nn.Module) -> Tensor:
     """Return what each output position of a convolution sees of x (B, C, H, W): (B, C kh kw, H' W')."""
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
@@ -146,6 +169,10 @@ def patches_of(x: Tensor, layer: nn.Module) -> Tensor:
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
         return F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # type: ignore[arg-type]
     return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+
+
+def _chance(relative: Tensor, rate: "float | Tensor") -> Tensor:
+    return (relative * rate).clamp_(max=1)
 
 
 def _known(target: Tensor | None) -> Tensor:

@@ -15,24 +15,26 @@ Distance = Literal["hessian", "l2", "l1", "cosine"]
 def distance_sums(
     output: Tensor, target: Tensor, weight: Tensor | None, distance: Distance, *, axis: int, per_channel: bool
 ) -> Tensor:
-    """Return the sums of a distance, float64 (S, channels), or (S, 1) over all channels.
+    """Return the sums of a distance, float64 (*, S, channels), or (*, S, 1) over all channels.
 
     Args:
-        output: Quantized product; overwritten.
-        target: Float product, same shape.
-        weight: Weight of each squared error, same shape; for `hessian` only.
+        output: Quantized products (*, *shape) under any number of grids; overwritten.
+        target: Float product (*shape).
+        weight: Weight of each squared error, (*shape); for `hessian` only.
         distance: `hessian` is sum w e^2, `l2` sum e^2, `l1` sum abs(e); `cosine` is the sum of 1 - cosine of each row,
             or per channel 1 - cosine of the channel over all rows. S is 3 for the last, else 1.
         axis: Axis of the channels, negative.
         per_channel: Whether channels are kept apart.
     """
+    inner = range(-target.dim(), 0)
+    rows = [d for d in inner if d != axis]
     if distance == "cosine":
-        return _cosine_sums(output, target, axis, per_channel=per_channel)
+        return _cosine_sums(output, target, axis, rows, per_channel=per_channel)
     error = output.sub_(target)
     error = error.abs_() if distance == "l1" else error.square_()
     if distance == "hessian" and weight is not None:
         error = error.mul_(weight)
-    by_channel = _over_rows(error, axis)[None]
+    by_channel = error.sum(rows).double()[..., None, :]
     return by_channel if per_channel else by_channel.sum(-1, keepdim=True)
 
 
@@ -49,15 +51,10 @@ def sums_of(distance: Distance, *, per_channel: bool) -> int:
     return 3 if distance == "cosine" and per_channel else 1
 
 
-def _over_rows(x: Tensor, axis: int) -> Tensor:
-    """Add up to (channels,), float64."""
-    return x.sum([d for d in range(x.dim()) if d != x.dim() + axis]).double()
-
-
-def _cosine_sums(output: Tensor, target: Tensor, axis: int, *, per_channel: bool) -> Tensor:
-    products = (output * target, output.square(), target.square())
+def _cosine_sums(output: Tensor, target: Tensor, axis: int, rows: list[int], *, per_channel: bool) -> Tensor:
+    products = (output * target, output.square(), target.square().expand(output.shape))
     if per_channel:
-        return torch.stack([_over_rows(x, axis) for x in products])
+        return torch.stack([x.sum(rows).double() for x in products], dim=-2)
     dot, own, other = (x.sum(axis) for x in products)
-    cosine = dot / (own * other).clamp(min=1e-30).sqrt()
-    return (1 - cosine).sum(dtype=torch.float64).reshape(1, 1)
+    unlike = 1 - dot / (own * other).clamp(min=1e-30).sqrt()
+    return unlike.flatten(output.dim() - target.dim()).sum(-1, dtype=torch.float64)[..., None, None]

@@ -24,7 +24,7 @@ from lit_clipq.calibration.probe import Probe, joined, probe
 from lit_clipq.calibration.start_tokens import keep_start_tokens
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
-from lit_clipq.functional.search import Round, coarse_to_fine
+from lit_clipq.functional.search import coarse_to_fine
 from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.quantizer import LogQuantizer, Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
@@ -175,10 +175,10 @@ def _search_table(table: QEmbedding, options: SearchOptions) -> None:
     family = options.grid.of(quantizer, *extrema(weight, quantizer.granularity))
 
     def error(index: Tensor) -> Tensor:
-        return (family.apply(weight, index) - weight).square_().sum(dim=1)
+        return (family.apply(weight, index[None])[0] - weight).square_().sum(dim=1)
 
     with torch.no_grad():
-        family.commit(coarse_to_fine(error, family.count, family.start, Round(), span=(0, family.count - 1)))
+        family.commit(coarse_to_fine(error, family.count, family.start))
 
 
 def _start_products(recipe: PTQ4CLIP, calibration: Calibration) -> dict[str, QModule]:

@@ -11,20 +11,14 @@ from lit_clipq.calibration.layer_search import LayerSearch, SearchOptions, summa
 from lit_clipq.calibration.units import patches_of
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor
-from lit_clipq.functional.search import FULL_GRID, linear_multipliers
+from lit_clipq.functional.search import linear_multipliers
 from lit_clipq.nn.attention import QKVLinear
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul
 from lit_clipq.nn.quantizer import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 
 COUNT = 25
-PLAIN = {
-    "tables": (),
-    "linear_rounds": FULL_GRID,
-    "product_rounds": FULL_GRID,
-    "from_min_max": True,
-    "grid": CandidateGrid(count=COUNT),
-}
+PLAIN = {"exhaustive": True, "grid": CandidateGrid(count=COUNT)}
 
 
 def generator(seed=0):
