@@ -300,15 +300,23 @@ def relative(layer: PlainLayer, theirs: dict[str, tuple[Tensor, ...]], ours: dic
 
 
 def calibrate_whole(
-    model: str, count: int, batch: int, bits: int, recipe: str, device: str, memory_limit_gb: float | None, repeat: int
+    model: str,
+    count: int,
+    batch: int,
+    bits: int,
+    recipe: str,
+    device: str,
+    memory_limit_gb: float | None,
+    repeat: int,
+    compare: bool,
 ) -> None:
-    """Print seconds and peak memory, with a memory limit also whether the scales are the same."""
+    """Print seconds and peak memory, and whether the scales without a memory limit are the same."""
     loaded = lit_clipq.load_clip(model)
     (images, texts), source = pairs(loaded, count)
     batches = list(zip(images.to(device).split(batch), texts.to(device).split(batch), strict=True))
     print(f"{model}, {count} pairs ({source}), {bits} bits, {recipe}, {_machine(device)}")
     scales: list[dict[str, Tensor]] = []
-    for limit in [None] * repeat if memory_limit_gb is None else (memory_limit_gb, None):
+    for limit in [memory_limit_gb] * repeat + [None] * compare:
         network = copy.deepcopy(loaded.model).to(device)
         if device != "cpu":
             torch.cuda.reset_peak_memory_stats()
@@ -333,8 +341,8 @@ def calibrate_whole(
         state = network.state_dict().items()
         scales.append({name: value for name, value in state if name.endswith(("scale", "split", "positive_step"))})
         del network
-    if memory_limit_gb is not None:
-        same = all(torch.equal(value, scales[1][name]) for name, value in scales[0].items())
+    if compare:
+        same = all(torch.equal(value, scales[-1][name]) for name, value in scales[0].items())
         print(f"  scales with and without the limit are {'bit-identical' if same else 'DIFFERENT'}")
 
 
@@ -360,7 +368,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4], help="widths; `whole` takes the first")
     parser.add_argument("--recipe", default="ptq4clip")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory-limit-gb", type=float, help="`whole` also runs under this limit, and compares")
+    parser.add_argument("--memory-limit-gb", type=float, help="memory limit of `whole`")
+    parser.add_argument("--compare", action="store_true", help="`whole` also runs without the limit; compares scales")
     parser.add_argument("--repeat", type=int, default=1, help="runs of `whole`; on a GPU the first one warms up")
     parser.add_argument("--verbose", action="store_true", help="log every layer")
     options = parser.parse_args(args)
@@ -376,6 +385,7 @@ def main(args: Sequence[str] | None = None) -> None:
             options.device,
             options.memory_limit_gb,
             options.repeat,
+            options.compare,
         )
     if options.part in ("all", "blocks"):
         compare_blocks(options.model, options.pairs, options.blocks, options.bits)

@@ -73,6 +73,8 @@ class Rows:
 class Recorder:
     """Hooks on Q-modules that keep what they see; use `recording`.
 
+    Squared gradients of several backward passes through one forward pass add up.
+
     Attributes:
         dtype: Type to store in; `None` is that of the values.
         gradients: Whether squared output gradients are kept.
@@ -105,7 +107,8 @@ class Recorder:
             tracked = output if output.requires_grad else output.detach().requires_grad_().clone()
 
             def keep(gradient: Tensor) -> None:
-                record.weight = self._store(unit.product(gradient.detach()).square())
+                square = self._store(unit.product(gradient.detach()).square())
+                record.weight = square if record.weight is None else record.weight.add_(square)
 
             tracked.register_hook(keep)
             return tracked

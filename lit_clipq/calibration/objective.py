@@ -68,8 +68,8 @@ def _score(logits: Tensor, generator: torch.Generator) -> Tensor:
     return p.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=p.dtype))
 
 
-def random_directions(shape: torch.Size, keys: Tensor, seed: int) -> Tensor:
-    """Return random signs scaled to length 1 for each sample, (B, *) float32.
+def random_directions(shape: torch.Size, keys: Tensor, seed: int, draws: int = 1) -> Tensor:
+    """Return random signs scaled to length 1 for each draw and sample, (K, B, *) float32.
 
     With v such a direction of d elements and J the Jacobian of a sample's outputs, the expected square of J^T v is
     diag(J^T J) / d, the Gauss-Newton diagonal (Hutchinson's estimator).
@@ -78,13 +78,13 @@ def random_directions(shape: torch.Size, keys: Tensor, seed: int) -> Tensor:
         shape: Shape of the outputs, samples first.
         keys: Global sample numbers int64 (B,): the direction of a sample depends on its number and the seed alone.
         seed: Of the draw.
+        draws: How many directions a sample has.
     """
     rows = []
     for key in keys.tolist():
         generator = torch.Generator().manual_seed((seed << 32) + key)
-        rows.append(torch.randint(0, 2, shape[1:], generator=generator).mul_(2).sub_(1).float())
-    directions = torch.stack(rows)
-    return directions / max(1, directions[0].numel()) ** 0.5
+        rows.append(torch.randint(0, 2, (draws, *shape[1:]), generator=generator).mul_(2).sub_(1).float())
+    return torch.stack(rows, dim=1) / max(1, shape[1:].numel()) ** 0.5
 
 
 def effective_sample_size(cotangents: Tensor) -> float:
@@ -109,11 +109,18 @@ def named_outputs(outputs: Any) -> Mapping[str, Tensor]:
     )
 
 
-def back_propagate(outputs: Mapping[str, Tensor], cotangents: Mapping[str, Tensor]) -> None:
-    """Back-propagate the cotangents; outputs without one, or that no recorded layer leads to, are left out."""
+def back_propagate(outputs: Mapping[str, Tensor], cotangents: Mapping[str, Tensor], *, keep: bool = False) -> None:
+    """Back-propagate the cotangents; outputs without one, or that no recorded layer leads to, are left out.
+
+    Args:
+        outputs: What a calibration forward gave.
+        cotangents: Gradient of the objective by some of them.
+        keep: Whether another backward pass through the same outputs follows.
+    """
     names = [name for name, value in outputs.items() if value.requires_grad and name in cotangents]
     if names:
-        torch.autograd.backward([outputs[name] for name in names], [cotangents[name] for name in names])
+        values, gradients = [outputs[name] for name in names], [cotangents[name] for name in names]
+        torch.autograd.backward(values, gradients, retain_graph=keep)
 
 
 def check_gradients(names: Sequence[str], seen: Mapping[str, Sequence[Observations]]) -> None:

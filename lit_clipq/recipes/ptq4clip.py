@@ -50,6 +50,8 @@ class PTQ4CLIP(Recipe):
     """Grid behind GELU-like activations."""
     objective: Literal["fisher", "gauss_newton"] = "gauss_newton"
     """Whose gradients g weigh the errors; `search.distance` may also leave them unweighted."""
+    draws: int = 1
+    """How many draws the squared gradients of a sample are averaged over; each is one more backward pass."""
     temperature: float = 0.1
     """Of the image-text softmax, for the Fisher objective."""
     per_channel: bool = True
@@ -250,22 +252,26 @@ class _Run:
             yield batch, Rows(samples, drop_start=self.drop_start, sizes=sizes)
 
     def cotangents(self) -> Cotangents:
-        """Return a function from (outputs, rows) of a batch to the gradient of the objective by each output."""
-        seed = self.recipe.seed
+        """Return a function from (outputs, rows) of a batch to gradients of the objective by each output, (K, *)."""
+        seed, draws = self.recipe.seed, self.recipe.draws
         if self.recipe.objective == "gauss_newton":
             return lambda outputs, rows: {
-                name: random_directions(value.shape, rows.samples, seed + i).to(value)
+                name: random_directions(value.shape, rows.samples, seed + i, draws).to(value) / draws**0.5
                 for i, (name, value) in enumerate(sorted(outputs.items()))
             }
         gradients = self._fisher()
         return lambda outputs, rows: {
-            name: torch.stack([gradients[name][number] for number in rows.samples.tolist()]).to(value)
+            name: torch.stack([gradients[name][number] for number in rows.samples.tolist()], dim=1).to(value)
             for name, value in outputs.items()
             if name in gradients
         }
 
     def _fisher(self) -> dict[str, dict[int, Tensor]]:
-        """Embed the whole calibration set, over all ranks, and differentiate the image-text softmax once."""
+        """Embed the whole calibration set, over all ranks, and differentiate the image-text softmax for every draw.
+
+        Returns:
+            Gradients (K, D) by sample number, of pictures and of texts.
+        """
         own: dict[str, list[Tensor]] = {}
         numbers: list[int] = []
         with torch.no_grad():
@@ -292,10 +298,11 @@ class _Run:
         image, text = (
             torch.cat([rows[name] for _, rows in pieces])[[i for _, i in order]] for name in ("image", "text")
         )
-        gradients = contrastive_cotangents(image, text, self.recipe.temperature, self.recipe.seed)
+        recipe = self.recipe
+        drawn = [contrastive_cotangents(image, text, recipe.temperature, recipe.seed + i) for i in range(recipe.draws)]
         return {
-            name: {number: row for (number, _), row in zip(order, rows, strict=True)}
-            for name, rows in zip(("image", "text"), gradients, strict=True)
+            name: {number: row for (number, _), row in zip(order, torch.stack(draws, dim=1), strict=True)}
+            for name, draws in zip(("image", "text"), zip(*drawn, strict=True), strict=True)
         }
 
     def collect(self, names: Sequence[str], cotangents: Cotangents | None) -> dict[str, list[Observations]]:
@@ -319,7 +326,10 @@ class _Run:
                 outputs = self.calibration.forward(batch)
                 if cotangents is not None:
                     outputs = named_outputs(outputs)
-                    back_propagate(outputs, cotangents(outputs, rows))
+                    drawn = cotangents(outputs, rows)
+                    for i in range(self.recipe.draws):
+                        one = {name: gradients[i] for name, gradients in drawn.items()}
+                        back_propagate(outputs, one, keep=i + 1 < self.recipe.draws)
                 recorder.finish_batch()
         if cotangents is not None:
             check_gradients(names, recorder.seen)
