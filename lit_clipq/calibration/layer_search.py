@@ -13,7 +13,7 @@ from lit_clipq.calibration.candidates import CandidateGrid, Candidates, UniformC
 from lit_clipq.calibration.collect import Observations
 from lit_clipq.calibration.comparison import Comparison, channel_axis
 from lit_clipq.calibration.distributed import gather, sum_over_ranks
-from lit_clipq.calibration.units import Draw, joined, with_influence
+from lit_clipq.calibration.units import Draw, factor_weights, joined, with_influence
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
@@ -36,6 +36,10 @@ class SearchOptions:
     """Which candidates are offered."""
     distance: Distance = "hessian"
     """Weighted squared error, plain squared error, absolute error or 1 - cosine."""
+    factored: bool = True
+    """Whether the squared gradients of a layer with a weight are replaced by the product of their means over channels
+    and over rows (the form of Adafactor's second moments, arXiv 1804.04235): a draw is noisy, and the scale of a single
+    channel would follow its noise."""
     exhaustive: bool = False
     """Whether every candidate of one operand after the other is compared on all data, three times over, beginning from
     min-max: the procedure of PTQ4ViT."""
@@ -101,6 +105,8 @@ class LayerSearch:
             if any(o.weight is None for o in self.data):
                 raise CalibrationError(f"the Hessian-weighted distance of {name} needs output gradients, got none")
             self.data = with_influence(self.data)
+            if options.factored and self.comparison.weight is not None:
+                factor_weights(self.data, len(self.comparison.weight), self.device)
             self.unit = self._unit()
         for o in self.data:
             o.inputs = tuple(x.float() for x in o.inputs)

@@ -58,6 +58,21 @@ def with_influence(data: Sequence[Observations]) -> list[Observations]:
     return kept
 
 
+def factor_weights(data: Sequence[Observations], channels: int, device: torch.device) -> None:
+    """Replace weights of errors w (rows x channels) by `mean_c w * mean_n w / mean w`, over the rows of all ranks.
+
+    The total stays, and what each row and each channel weighs.
+    """
+    weights = [cast(Tensor, o.weight) for o in data]
+    sums = torch.zeros(channels, dtype=torch.float64, device=device)
+    for w in weights:
+        sums += w.float().sum([d for d in range(w.dim()) if d != 1]).double()
+    sums = sum_over_ranks(sums)
+    by_channel = (sums / sums.mean().clamp(min=1e-300)).float()
+    for o, w in zip(data, weights, strict=True):
+        o.weight = w.float().mean(1, keepdim=True) * by_channel.view(-1, *[1] * (w.dim() - 2))
+
+
 @dataclass
 class Draw:
     """Draws units of a layer for comparisons that need not see them all.
