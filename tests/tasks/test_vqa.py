@@ -15,6 +15,7 @@ from lit_clipq.features import CacheOptions
 from lit_clipq.nn.modules import QModule
 from lit_clipq.tasks import VQA
 from lit_clipq.tasks.vqa import answer_loss
+from lit_clipq.tasks.vqa_head import save_head
 from tests.tasks.vqa_runs import equal, fit, make_data, make_task, make_trainer, weights, write_data
 
 STEPS = 6  # of an epoch
@@ -300,6 +301,38 @@ def test_a_trained_head_is_evaluated_quantized(root, whole, tmp_path):
         }
         assert run.comparison.float_metrics.keys() == run.comparison.quantized_metrics.keys()
         assert run.comparison.differences.keys() == run.comparison.float_metrics.keys()
+
+
+def test_a_saved_model_is_clip_alone_and_the_head_is_that_of_the_run(root, whole, tmp_path):
+    folder, trained, _ = whole
+    saved, exported = tmp_path / "saved", tmp_path / "head.safetensors"
+    last = checkpoint(folder, ALL_STEPS)
+    validate(make_task("unused"), root, tmp_path, quantizing(include="clip.*", save=str(saved)), ckpt_path=last)
+    tensors = json.loads((saved / "quantization.json").read_text())["tensors"]
+    assert {name.partition(".")[0] for name in tensors} == {"clip"}
+
+    # the same model under the head of another step, under one from a file, and to train on
+    other = make_task("unused")
+    validate(other, root, tmp_path, Quantize(load=str(saved)), ckpt_path=checkpoint(folder, 1))
+    assert equal(weights(other), weights(VQA.load_from_checkpoint(checkpoint(folder, 1))))
+    save_head(exported, trained.head.state_dict(), trained.record())
+    for callback in (quantizing(include="clip.*", save=str(tmp_path / "again")), Quantize(load=str(saved))):
+        task = make_task("unused", head_weights=str(exported))
+        validate(task, root, tmp_path, callback)
+        assert any(isinstance(module, QModule) for module in task.clip.modules())
+    fit(root, tmp_path, Quantize(load=str(saved)), max_epochs=1)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "file"])
+def test_a_quantized_head_is_not_saved_and_that_is_told_first(root, whole, tmp_path, monkeypatch, source):
+    folder, trained, _ = whole
+    monkeypatch.setattr("callbacks.quantize.quantize", None)  # nothing is calibrated
+    options = {"ckpt_path": checkpoint(folder, ALL_STEPS)} if source == "checkpoint" else {}
+    save_head(tmp_path / "head.safetensors", trained.head.state_dict(), trained.record())
+    task = make_task("unused", head_weights=None if options else str(tmp_path / "head.safetensors"))
+    with pytest.raises(ConfigError, match=r"a CLIP alone, but head would be quantized.*--quantize\.include 'clip"):
+        validate(task, root, tmp_path, quantizing(include="*", save=str(tmp_path / "saved")), **options)
+    assert not (tmp_path / "saved").exists()
 
 
 def test_the_search_of_ptq4clip_reaches_clip_and_head(root, whole, tmp_path):
