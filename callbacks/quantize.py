@@ -219,6 +219,8 @@ class Quantize(pl.Callback):
     def _apply(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self.active or self.report is not None or self.recipe is None:
             return
+        if trainer.state.fn != TrainerFn.FITTING and hasattr(pl_module, "prepare_weights"):
+            pl_module.prepare_weights()  # a head that no checkpoint brought
         self._choose_roots(pl_module)
         if self._artefact is not None:
             if not self.paused:

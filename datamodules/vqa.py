@@ -137,6 +137,7 @@ class VQADataModule(QuantDataModule):
 
         Raises:
             DataError: Absent, damaged or contradictory data.
+            ConfigError: A Trainer is to train on it, and batches cannot be made; see `train_dataloader`.
         """
         super().setup(stage)
         if self._answers is None:
@@ -154,6 +155,8 @@ class VQADataModule(QuantDataModule):
                 )
             self.train_questions = self._about("train", self._train_pictures)
             self._log_coverage("train", self.train_questions)
+        if self.fits():
+            self._train_batches()  # what cannot be trained on is told before features are computed
         self._read.clear()
 
     @property
@@ -200,6 +203,14 @@ class VQADataModule(QuantDataModule):
         Raises:
             ConfigError: No training questions, or fewer than a batch.
         """
+        return ResumableLoader(
+            self.train_questions,
+            self._train_batches(),
+            num_workers=self.num_workers,
+            collate_fn=self._collate("train"),
+        )
+
+    def _train_batches(self) -> ShuffledBatches:
         processes = shard()[1]
         if self.train_batch_size % processes:
             raise ConfigError(
@@ -212,12 +223,7 @@ class VQADataModule(QuantDataModule):
                 f"Training needs a batch of {self.train_batch_size} questions, got {len(self.train_questions)} "
                 "questions; call setup('fit'), or make --data.train_batch_size smaller."
             )
-        return ResumableLoader(
-            self.train_questions,
-            batches,
-            num_workers=self.num_workers,
-            collate_fn=self._collate("train"),
-        )
+        return batches
 
     def val_dataloader(self) -> DataLoader:
         """Return this process's share of the evaluation; see `QuestionBatch`."""

@@ -1,6 +1,7 @@
 """Visual question answering: an MCAN head on the token features of a frozen CLIP, trained and evaluated."""
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -115,6 +116,10 @@ class VQA(ClipTask):
             raise ConfigError(
                 f"expected learning_rate > 0, factors of warmup > 0, decay_epochs >= 0 and decay in (0, 1], got "
                 f"{learning_rate}, {list(warmup)}, {list(decay_epochs)} and {decay}; correct them under --model."
+            )
+        if any(not 0 <= beta < 1 for beta in betas) or eps < 0:
+            raise ConfigError(
+                f"expected betas in [0, 1) and eps >= 0, got {list(betas)} and {eps}; correct them under --model."
             )
         self.save_hyperparameters(ignore=["cache", "answers"], logger=False)
         self.options = mcan_options(head, head_options)
@@ -231,9 +236,11 @@ class VQA(ClipTask):
             return
         path = head_path(self.head_weights, self.model_name)
         state, record = load_head(path)
-        self._take(record, str(path), "" if _is_planted(self.model_name, self.head_weights) else self.clip_hash)
-        if self.head is not None:
-            self.head.load_state_dict(state)
+        with torch.inference_mode(False):  # the loop of an evaluation has begun where no QuantTrainer runs it
+            self._take(record, str(path), "" if _is_planted(self.model_name, self.head_weights) else self.clip_hash)
+            if self.head is not None:
+                self.head.load_state_dict(state)
+                self.head.train(self.training)
 
     def _take(self, record: HeadRecord, source: str, clip_hash: str) -> None:
         """Check that weights fit, and build a head for their vocabulary.
@@ -275,9 +282,8 @@ class VQA(ClipTask):
         """In `fit`: build the head, freeze CLIP as it is now, and compute the features that are not on disk."""
         super().setup(stage)
         if stage != TrainerFn.FITTING:
-            if self.trainer.ckpt_path is None:
-                self.prepare_weights()
             return
+        self._check_export()
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "answers"):
@@ -301,6 +307,19 @@ class VQA(ClipTask):
                 group=0 if self.cache.shared else self.trainer.node_rank,
             )
             data.collators = {split: features.batches(data, split) for split in ("train", "val")}
+
+    def _check_export(self) -> None:
+        """Refuse a file that cannot be written before the training, not after it."""
+        if self.export is None or not self.trainer.is_global_zero:
+            return
+        path = Path(self.export)
+        try:
+            if path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise ConfigError(f"the head cannot be written to {path}: {error}; give another --model.export.") from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam on the head and its schedule, stepped after every epoch."""
@@ -358,7 +377,9 @@ class VQA(ClipTask):
     # Evaluation
 
     def prepare_evaluation(self) -> None:
-        """Let the data module report by the vocabulary of the head."""
+        """Take the head of `head_weights` if no checkpoint brought one; the data module reports by its answers."""
+        if not self._fits():
+            self.prepare_weights()
         data: Any = getattr(self.trainer, "datamodule", None)
         if not self._fits() and self.head is not None and hasattr(data, "use_answers"):
             data.use_answers(self.words)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import lightning
 import pytest
 import torch
 import torch.nn.functional as F
@@ -197,6 +198,34 @@ def test_a_checkpoint_is_evaluated_without_train_files(root, whole, tmp_path):
     assert data.sample_counts()["vocabulary"] == len(trained.words)
 
 
+def test_a_checkpoint_is_evaluated_whatever_head_weights_the_configuration_names(root, whole, tmp_path):
+    folder, trained, _ = whole
+    last = checkpoint(folder, ALL_STEPS)
+    validate(trained, root, tmp_path)
+    task = make_task("unused", head_weights="mini")  # the shipped head has other sizes
+    validate(task, root, tmp_path, ckpt_path=last)
+    assert task.results() == trained.results()
+    with pytest.raises(ModelError, match="holds another head: layers 2"):
+        validate(make_task("unused", head_weights="mini"), root, tmp_path)
+
+
+def test_lightnings_own_trainer_evaluates_head_weights(root, whole, tmp_path):
+    _, trained, _ = whole
+    validate(trained, root, tmp_path)
+    save_head(tmp_path / "head.safetensors", trained.head.state_dict(), trained.record())
+    task = make_task("unused", head_weights=str(tmp_path / "head.safetensors"), dropout=0.9)
+    quiet = {"logger": False, "enable_progress_bar": False, "use_distributed_sampler": False}
+    options = {"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, **quiet}
+    lightning.pytorch.Trainer(**options).validate(task, datamodule=make_data(root), verbose=False)
+    assert task.results() == trained.results()
+    callback = quantizing(recipe="ptq4clip", bits=6, include=["clip.*block*.0.mlp*", "head.*"])
+    task = make_task("unused", head_weights=str(tmp_path / "head.safetensors"))
+    lightning.pytorch.Trainer(**options, callbacks=[callback]).validate(
+        task, datamodule=make_data(root), verbose=False
+    )
+    assert isinstance(task.head.answer, QModule)
+
+
 REFUSED = {
     "another head": ({"head_options": {"layers": 2}}, {}, r"another head: layers 1 \(here 2\)"),
     "another CLIP": ({"pretrained": None}, {}, r"trained on mini-vit \(mini\), but this run has mini-vit \(random w"),
@@ -229,6 +258,44 @@ def test_the_checkpoint_of_another_task_is_refused(root, tmp_path):
 def test_an_evaluation_without_a_trained_head_says_so(root, tmp_path):
     with pytest.raises(ConfigError, match=r"--ckpt_path of a training, or --model\.head_weights"):
         validate(make_task("unused"), root, tmp_path)
+
+
+def damaged(path, how):
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif how == "text":
+        path.write_text("hello\n")
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "empty", "gone"])
+def test_a_checkpoint_that_cannot_be_read_is_told_before_any_work(root, whole, tmp_path, how):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes((whole[0] / "step=3.ckpt").read_bytes())
+    damaged(path, how)
+    error, told = (ConfigError, "does not exist") if how == "gone" else (ModelError, "cannot be read")
+    for run in (fit, lambda *args, **options: validate(make_task("unused"), *args, **options)):
+        with pytest.raises(error, match=rf"{path} {told}.*--ckpt_path"):
+            run(root, tmp_path, ckpt_path=str(path))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("place", ["a file/head.safetensors", "folder"])
+def test_an_export_that_cannot_be_written_is_told_before_training(root, tmp_path, place):
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"the head cannot be written to .*give another --model\.export"):
+        fit(root, tmp_path, task=make_task(tmp_path / "cache", export=str(tmp_path / place)))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_batch_that_cannot_be_made_is_told_before_features_are_computed(root, tmp_path):
+    with pytest.raises(ConfigError, match="needs a batch of 37 questions, got 36"):
+        fit(root, tmp_path, data=make_data(root, train_batch_size=37))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_exported_head_is_evaluated(root, whole, tmp_path):
@@ -422,6 +489,9 @@ def test_the_rate_is_that_of_the_paper():
 def test_impossible_options_are_refused():
     for options in ({"learning_rate": 0.0}, {"decay": 0.0}, {"warmup": (0.0,)}, {"decay_epochs": (-1,)}):
         with pytest.raises(ConfigError, match="learning_rate"):
+            make_task("unused", **options)
+    for options in ({"betas": (1.5, 0.9)}, {"betas": (0.9, 1.0)}, {"eps": -1.0}):
+        with pytest.raises(ConfigError, match="betas in"):
             make_task("unused", **options)
 
 
