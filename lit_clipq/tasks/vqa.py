@@ -3,7 +3,8 @@
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lit_clipq.errors import ConfigError, ModelError
@@ -306,7 +308,8 @@ class VQA(ClipTask):
                 options=self.cache,
                 group=0 if self.cache.shared else self.trainer.node_rank,
             )
-            data.collators = {split: features.batches(data, split) for split in ("train", "val")}
+            with _progress(self.trainer) as progress:
+                data.collators = dict(features.batches(data, ("train", "val"), progress))
 
     def _check_export(self) -> None:
         """Refuse a file that cannot be written before the training, not after it."""
@@ -446,6 +449,22 @@ class VQA(ClipTask):
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, own)
         return states
+
+
+@contextmanager
+def _progress(trainer: Any) -> Iterator[Callable[[str, float], None]]:
+    """Show what is being computed and the time left; on the first process, where the Trainer has a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with Progress(*columns, transient=True, disable=not shown) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def update(words: str, share: float) -> None:
+            if words not in tasks:
+                tasks[words] = bar.add_task(words, total=1.0)
+            bar.update(tasks[words], completed=share)
+
+        yield update
 
 
 def _is_planted(name: str, head_weights: str) -> bool:

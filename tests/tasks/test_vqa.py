@@ -220,9 +220,7 @@ def test_lightnings_own_trainer_evaluates_head_weights(root, whole, tmp_path):
     assert task.results() == trained.results()
     callback = quantizing(recipe="ptq4clip", bits=6, include=["clip.*block*.0.mlp*", "head.*"])
     task = make_task("unused", head_weights=str(tmp_path / "head.safetensors"))
-    lightning.pytorch.Trainer(**options, callbacks=[callback]).validate(
-        task, datamodule=make_data(root), verbose=False
-    )
+    lightning.pytorch.Trainer(**options, callbacks=[callback]).validate(task, datamodule=make_data(root), verbose=False)
     assert isinstance(task.head.answer, QModule)
 
 
