@@ -89,6 +89,7 @@ class VQADataModule(QuantDataModule):
         """What makes batches of a split's questions in the place of `QuestionBatch`: cached features, say."""
         self._answers: AnswerVocabulary | None = None
         self._train_pictures: list[Picture] = []
+        self._train_skipped = 0
         self._read: dict[str, list[Question]] = {}
 
     # What a data set says about itself
@@ -147,11 +148,11 @@ class VQADataModule(QuantDataModule):
             self._log_coverage("val", self.val_questions)
         if stage in (None, TrainerFn.FITTING) and not self._train_pictures:
             listed = self._listed("train")
-            self._train_pictures, skipped = usable_pictures(listed, self.on_error, self.train_limit)
-            if skipped:
+            self._train_pictures, self._train_skipped = usable_pictures(listed, self.on_error, self.train_limit)
+            if self._train_skipped:
                 logger.warning(
                     "%d missing or damaged training pictures were skipped, %d are left",
-                    *(skipped, len(self._train_pictures)),
+                    *(self._train_skipped, len(self._train_pictures)),
                 )
             self.train_questions = self._about("train", self._train_pictures)
             self._log_coverage("train", self.train_questions)
@@ -233,10 +234,17 @@ class VQADataModule(QuantDataModule):
 
     def sample_counts(self) -> dict[str, int]:
         """Return the counts of pictures, of questions, of answers to choose from, and of what these do not reach."""
-        reached = self.answers.coverage(question.answers for question in self.val_questions)
+        return {**super().sample_counts(), **self._reach(self.val_questions)}
+
+    def training_counts(self) -> dict[str, int]:
+        """Return the same of the training split, after `setup("fit")`."""
+        counts = {"images": len(self._train_pictures), "skipped": self._train_skipped}
+        return {**counts, **self._reach(self.train_questions)}
+
+    def _reach(self, questions: Sequence[Question]) -> dict[str, int]:
+        reached = self.answers.coverage(question.answers for question in questions)
         return {
-            **super().sample_counts(),
-            "questions": len(self.val_questions),
+            "questions": len(questions),
             "vocabulary": len(self.answers),
             "questions_outside_vocabulary": reached.questions_outside,
             "answers_outside_vocabulary": reached.answers_outside,
