@@ -378,7 +378,8 @@ class VQAv2(VQADataModule):
         expected = {}
         for split in self._splits():
             for name, archive in FILES[split]:
-                expected[str(self._file(name) or Path(name))] = archive.url
+                found = self._file(name)
+                expected[name if found is None else str(found.absolute())] = archive.url
         for split in ("train", "val") if self.fits() else ("val",):
             expected[str(self.images_root.absolute() / f"{split}2014") + "/"] = PICTURES[split].url
         return describe_absent("VQA v2", self.root, expected, download=True)

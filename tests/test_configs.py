@@ -72,10 +72,10 @@ def test_training_configurations_parse_whole(path, capsys):
 
 
 def test_the_vqa_configuration_trains_continues_and_is_evaluated(tmp_path, capsys, monkeypatch):
-    root = write_data(tmp_path / "data")
+    write_data(tmp_path / "data/vqa")  # where the configuration looks: relative to the working folder
     monkeypatch.chdir(tmp_path)
     small = ["--model.name", "mini-vit", "--model.pretrained", "mini", "--model.head", "mini"]
-    data = ["--data.root", str(root), "--data.min_answer_count", "1", "--data.train_batch_size", "6"]
+    data = ["--data.min_answer_count", "1", "--data.train_batch_size", "6"]
     data += ["--data.num_workers", "0"]
     fit = ["fit", "--config", "vqa", *small, *data, "--trainer.accelerator", "cpu", "--model.cache.folder", "cache"]
     steps = ["--trainer.callbacks.init_args.every_n_train_steps", "2", "--trainer.enable_progress_bar", "false"]
