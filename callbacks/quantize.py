@@ -38,6 +38,8 @@ DECIDED_BY_ARTEFACT = (
     "options",
 )
 """Arguments of `Quantize` that a loaded model answers."""
+KEPT = "clip"
+"""The root that `save` keeps and `load` brings; a head belongs to its checkpoint."""
 
 
 class Quantize(pl.Callback):
@@ -159,15 +161,12 @@ class Quantize(pl.Callback):
             weights_are_final: Whether no checkpoint is going to replace the weights.
 
         Raises:
-            ConfigError: For a folder that cannot be written, or a task whose model cannot be rebuilt.
+            ConfigError: For a folder that cannot be written, a task whose model cannot be rebuilt, or a network beside
+                CLIP that would be quantized and not saved.
             ModelError: For a damaged artefact, or one of another model.
         """
         self._choose_roots(pl_module)
-        if (self.save is not None or self._artefact is not None) and set(pl_module.roots()) != {"clip"}:
-            raise ConfigError(
-                f"--quantize.save and --quantize.load keep a CLIP alone, not {', '.join(pl_module.roots())}; "
-                "leave the others out of --quantize.include"
-            )
+        self._check_kept(pl_module)
         if self.save is not None and trainer.is_global_zero:
             _identify(pl_module, with_weights=False)
             check_target(self.save)
@@ -186,6 +185,20 @@ class Quantize(pl.Callback):
         """Let a task with networks that are quantized on demand know which patterns the run has."""
         if self.recipe is not None and hasattr(pl_module, "offer_roots"):
             pl_module.offer_roots(self.recipe.include)
+
+    def _check_kept(self, pl_module: Any) -> None:
+        """Refuse to save where a network is quantized that a saved model does not hold; a float head is no matter."""
+        roots = pl_module.roots()
+        if self.save is None or self.recipe is None or set(roots) == {KEPT}:
+            return
+        plan = preview(roots, _for_task(self.recipe, pl_module))
+        others = sorted({entry.name.partition(".")[0] for entry in plan.quantized} - {KEPT})
+        if others:
+            raise ConfigError(
+                f"--quantize.save keeps a CLIP alone, but {', '.join(others)} would be quantized, too; leave "
+                f"{'it' if len(others) == 1 else 'them'} out with --quantize.include '{KEPT}.*', or leave out "
+                "--quantize.save"
+            )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """In `fit`: quantize here, on the device of this process."""
@@ -206,11 +219,14 @@ class Quantize(pl.Callback):
     def _apply(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if not self.active or self.report is not None or self.recipe is None:
             return
+        if trainer.state.fn != TrainerFn.FITTING and hasattr(pl_module, "prepare_weights"):
+            pl_module.prepare_weights()  # a head that no checkpoint brought
         self._choose_roots(pl_module)
         if self._artefact is not None:
             if not self.paused:
                 self._load(self._artefact, pl_module)
             return
+        self._check_kept(pl_module)  # a checkpoint may have brought a head
         recipe = _for_task(self.recipe, pl_module)
         batches = self._calibration_batches(trainer)
         if self.paused:  # the float pass begins: tell now what would fail after it
@@ -236,7 +252,8 @@ class Quantize(pl.Callback):
         if self.dry_run:
             raise DryRunComplete(self.report)
         if self.save is not None and identity is not None:
-            save_quantized(self.save, pl_module.roots(), report=self.report, recipe=recipe, identity=identity)
+            clip = {KEPT: pl_module.roots()[KEPT]}
+            save_quantized(self.save, clip, report=self.report, recipe=recipe, identity=identity)
 
     def _calibration_batches(self, trainer: pl.Trainer) -> Any:
         datamodule: Any = getattr(trainer, "datamodule", None)
@@ -251,8 +268,7 @@ class Quantize(pl.Callback):
 
     def _load(self, artefact: Artefact, pl_module: Any) -> None:
         artefact.identity.check_serves(_identify(pl_module), artefact.folder)
-        held = {name.partition(".")[0] for name in artefact.content["tensors"]}  # a head is there or not
-        self.report = artefact.load_into({name: root for name, root in pl_module.roots().items() if name in held})
+        self.report = artefact.load_into({KEPT: pl_module.roots()[KEPT]})
         pl_module.variant = _in_words(artefact.recipe)
         log.info("loaded %d quantized layers from %s", len(self.report.map.quantized), artefact.folder)
 

@@ -89,6 +89,7 @@ class VQADataModule(QuantDataModule):
         """What makes batches of a split's questions in the place of `QuestionBatch`: cached features, say."""
         self._answers: AnswerVocabulary | None = None
         self._train_pictures: list[Picture] = []
+        self._train_skipped = 0
         self._read: dict[str, list[Question]] = {}
 
     # What a data set says about itself
@@ -137,6 +138,7 @@ class VQADataModule(QuantDataModule):
 
         Raises:
             DataError: Absent, damaged or contradictory data.
+            ConfigError: A Trainer is to train on it, and batches cannot be made; see `train_dataloader`.
         """
         super().setup(stage)
         if self._answers is None:
@@ -146,14 +148,16 @@ class VQADataModule(QuantDataModule):
             self._log_coverage("val", self.val_questions)
         if stage in (None, TrainerFn.FITTING) and not self._train_pictures:
             listed = self._listed("train")
-            self._train_pictures, skipped = usable_pictures(listed, self.on_error, self.train_limit)
-            if skipped:
+            self._train_pictures, self._train_skipped = usable_pictures(listed, self.on_error, self.train_limit)
+            if self._train_skipped:
                 logger.warning(
                     "%d missing or damaged training pictures were skipped, %d are left",
-                    *(skipped, len(self._train_pictures)),
+                    *(self._train_skipped, len(self._train_pictures)),
                 )
             self.train_questions = self._about("train", self._train_pictures)
             self._log_coverage("train", self.train_questions)
+        if self.fits():
+            self._train_batches()  # what cannot be trained on is told before features are computed
         self._read.clear()
 
     @property
@@ -200,6 +204,14 @@ class VQADataModule(QuantDataModule):
         Raises:
             ConfigError: No training questions, or fewer than a batch.
         """
+        return ResumableLoader(
+            self.train_questions,
+            self._train_batches(),
+            num_workers=self.num_workers,
+            collate_fn=self._collate("train"),
+        )
+
+    def _train_batches(self) -> ShuffledBatches:
         processes = shard()[1]
         if self.train_batch_size % processes:
             raise ConfigError(
@@ -212,12 +224,7 @@ class VQADataModule(QuantDataModule):
                 f"Training needs a batch of {self.train_batch_size} questions, got {len(self.train_questions)} "
                 "questions; call setup('fit'), or make --data.train_batch_size smaller."
             )
-        return ResumableLoader(
-            self.train_questions,
-            batches,
-            num_workers=self.num_workers,
-            collate_fn=self._collate("train"),
-        )
+        return batches
 
     def val_dataloader(self) -> DataLoader:
         """Return this process's share of the evaluation; see `QuestionBatch`."""
@@ -227,10 +234,17 @@ class VQADataModule(QuantDataModule):
 
     def sample_counts(self) -> dict[str, int]:
         """Return the counts of pictures, of questions, of answers to choose from, and of what these do not reach."""
-        reached = self.answers.coverage(question.answers for question in self.val_questions)
+        return {**super().sample_counts(), **self._reach(self.val_questions)}
+
+    def training_counts(self) -> dict[str, int]:
+        """Return the same of the training split, after `setup("fit")`."""
+        counts = {"images": len(self._train_pictures), "skipped": self._train_skipped}
+        return {**counts, **self._reach(self.train_questions)}
+
+    def _reach(self, questions: Sequence[Question]) -> dict[str, int]:
+        reached = self.answers.coverage(question.answers for question in questions)
         return {
-            **super().sample_counts(),
-            "questions": len(self.val_questions),
+            "questions": len(questions),
             "vocabulary": len(self.answers),
             "questions_outside_vocabulary": reached.questions_outside,
             "answers_outside_vocabulary": reached.answers_outside,
@@ -364,7 +378,8 @@ class VQAv2(VQADataModule):
         expected = {}
         for split in self._splits():
             for name, archive in FILES[split]:
-                expected[str(self._file(name) or Path(name))] = archive.url
+                found = self._file(name)
+                expected[name if found is None else str(found.absolute())] = archive.url
         for split in ("train", "val") if self.fits() else ("val",):
             expected[str(self.images_root.absolute() / f"{split}2014") + "/"] = PICTURES[split].url
         return describe_absent("VQA v2", self.root, expected, download=True)

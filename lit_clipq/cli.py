@@ -97,6 +97,23 @@ class ClipQuantCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the options under --trainer cannot be used: {error}") from error
 
+    def after_fit(self) -> None:
+        """Say what a training has seen, what it reached, and where it lies."""
+        trainer = cast(QuantTrainer, self.trainer)
+        if not trainer.is_global_zero or not hasattr(self.datamodule, "training_counts"):
+            return
+        counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in self.datamodule.training_counts().items()]
+        lines = [f"trained on {', '.join(counts)}"]
+        reached = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("train_")}
+        if reached:
+            told = [f"{name} {100 * value:.2f} %" for name, value in reached.items()]
+            lines.append(f"last evaluation: {', '.join(told)}")
+        saver: Any = trainer.checkpoint_callback
+        written = saver and (saver.last_model_path or saver.best_model_path)
+        if written:
+            lines.append(f"evaluate it with `lightning validate` and --ckpt_path {written}")
+        console().print("\n".join(lines), highlight=False, soft_wrap=True)
+
     def after_validate(self) -> None:
         """Print the comparison."""
         self._print_comparison()

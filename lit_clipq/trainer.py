@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from lit_clipq.analysis.caption_run import CaptionedRow, CaptionFiles, captioned
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.errors import ConfigError
+from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import QuantizationMap
@@ -102,6 +103,28 @@ class QuantTrainer(Trainer):
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train, after a look at the checkpoint to continue from.
+
+        Args:
+            model: A task.
+            train_dataloaders: Loaders, if there is no datamodule.
+            val_dataloaders: Loaders of the evaluations between epochs.
+            datamodule: One of `datamodules`.
+            ckpt_path: Checkpoint to continue from.
+            weights_only: Whether loading the checkpoint refuses pickled objects.
+        """
+        _check_checkpoint(ckpt_path, weights_only)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
     def validate(  # type: ignore[override]
         self,
         model: LightningModule | None = None,
@@ -160,6 +183,7 @@ class QuantTrainer(Trainer):
         datamodule: Any,
         weights_only: bool | None,
     ) -> Any:
+        _check_checkpoint(ckpt_path, weights_only)
         callback = next((c for c in self.callbacks if isinstance(c, Quantizing)), None)  # type: ignore[attr-defined]
         compared = callback is not None and hasattr(model, "sample_scores")
 
@@ -360,6 +384,29 @@ def _check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"results cannot be written to {path}: {error}; give another --results") from error
+
+
+def _check_checkpoint(path: str | Path | None, weights_only: bool | None) -> None:
+    """Refuse a checkpoint that cannot be read, before data is prepared and features are computed.
+
+    Raises:
+        ConfigError: There is no such file.
+        ModelError: It is damaged, or no checkpoint.
+    """
+    if path is None or path in ("best", "last", "hpc") or str(path).startswith("registry") or "://" in str(path):
+        return  # Lightning finds these
+    file = Path(path)
+    if file.is_dir():
+        return  # a sharded one; where a single file is needed, reading it says so
+    if not file.exists():
+        raise ConfigError(f"the checkpoint {path} does not exist; give --ckpt_path a file that `lightning fit` wrote")
+    try:
+        torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=weights_only is not False)
+    except Exception as error:
+        told = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise ModelError(
+            f"the checkpoint {path} cannot be read ({told}); it was cut short or is none; give --ckpt_path another"
+        ) from error
 
 
 def _jsonable(options: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from lit_clipq.cli import main
+from tests.tasks.vqa_runs import write_data
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = sorted(CONFIGS.glob("quantize/*.yaml"))
@@ -68,3 +69,27 @@ def test_training_configurations_parse_whole(path, capsys):
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["model"]["init_args"]["name"] == f"mini-{path.stem.removeprefix('pretrain_')}"
     assert config["seed_everything"] == 20261123
+
+
+def test_the_vqa_configuration_trains_continues_and_is_evaluated(tmp_path, capsys, monkeypatch):
+    write_data(tmp_path / "data/vqa")  # where the configuration looks: relative to the working folder
+    monkeypatch.chdir(tmp_path)
+    small = ["--model.name", "mini-vit", "--model.pretrained", "mini", "--model.head", "mini"]
+    data = ["--data.min_answer_count", "1", "--data.train_batch_size", "6"]
+    data += ["--data.num_workers", "0"]
+    fit = ["fit", "--config", "vqa", *small, *data, "--trainer.accelerator", "cpu", "--model.cache.folder", "cache"]
+    steps = ["--trainer.callbacks.init_args.every_n_train_steps", "2", "--trainer.enable_progress_bar", "false"]
+    assert main([*fit, *steps, "--trainer.max_epochs", "1"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    # "grey" is no question's most common answer: one of ten answers to each of 36 questions
+    counts = "36 questions, 6 vocabulary, 0 questions outside vocabulary, 36 answers outside vocabulary"
+    assert f"trained on 12 images, 0 skipped, {counts} last evaluation: vqa_accuracy" in told
+    (path,) = tmp_path.glob("runs/vqa/version_0/checkpoints/last.ckpt")
+    assert told.endswith(f"--ckpt_path {path.relative_to(tmp_path)}")
+    assert main([*fit, "--trainer.max_epochs", "2", "--ckpt_path", str(path)]) == 0
+    results = ["--results", "results.json", "--ckpt_path", str(path)]
+    recipe = ["--quantize.recipe", "vanilla", "--quantize.include", "*", "--quantize.calibration_samples", "6"]
+    assert main(["validate", "--config", "vqa", *small, *data, *recipe, *results]) == 0
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["samples"]["questions"] == 18
+    assert {entry["name"].partition(".")[0] for entry in content["map"] if not entry["reason"]} == {"clip", "head"}

@@ -1,7 +1,7 @@
 """Compute the token features of a frozen CLIP for all questions of a split, or find them on disk."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.features.key import FeatureKey, items_hash
 from lit_clipq.features.questions import AskedQuestion, FeatureBatch
-from lit_clipq.features.store import FeatureStore, gather
+from lit_clipq.features.store import FeatureStore, check_space, gather
 from lit_clipq.models import (
     Preprocessing,
     encode_image_tokens,
@@ -65,6 +65,16 @@ class QuestionData(Protocol):
 
 
 @dataclass(frozen=True)
+class _Plan:
+    """The stores of a split, and the distinct texts in the order of theirs."""
+
+    images: FeatureStore
+    words: FeatureStore
+    texts: list[str]
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class FeatureCache:
     """The features of one frozen network."""
 
@@ -93,14 +103,18 @@ class FeatureCache:
             )
         return hashes[0]
 
-    def batches(self, data: QuestionData, split: str) -> FeatureBatch:
-        """Return the collation of a split's questions; computes what is not on disk.
+    def batches(
+        self, data: QuestionData, splits: Sequence[str], progress: Callable[[str, float], None] = lambda *_: None
+    ) -> dict[str, FeatureBatch]:
+        """Return the collation of each split's questions; computes what is not on disk.
 
-        A collective call. The global random state is left as it was, whatever had to be computed.
+        A collective call. The global random state is left as it was, whatever had to be computed. That there is space
+        for the features of all splits is checked before any is computed.
 
         Args:
             data: The data module, set up.
-            split: "train" or "val".
+            splits: Of "train" and "val".
+            progress: Told what is being computed, and the share of this process's work on it that is done.
 
         Raises:
             ConfigError: The folder holds another cache.
@@ -108,23 +122,46 @@ class FeatureCache:
         """
         device = next(self.clip.parameters()).device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            texts = list(dict.fromkeys(question.text for question in data.questions_of(split)))
-            tokens = self.preprocessing.tokenizer(texts)
-            lengths = text_token_mask(self.clip, tokens).sum(1)
-            order = torch.argsort(lengths, stable=True)  # texts of a length together, so that batches can be trimmed
-            texts, tokens = [texts[row] for row in order.tolist()], tokens[order].to(torch.int32)
-            sizes = token_sizes(self.clip, tokens[:1].long())
-            pictures = data.picture_items(split)
-            images = self._store(split, "images", pictures, [sizes.image_tokens] * len(pictures), sizes.image_width)
-            images.fill(lambda numbers: self._image_features(data.picture_batches(split, numbers)), self.group)
-            words = self._store(split, "texts", texts, lengths[order].tolist(), sizes.text_width)
-            words.fill(lambda numbers: self._text_features(tokens, numbers), self.group)
-        return FeatureBatch(
-            images,
-            {image_id: row for row, image_id in enumerate(data.image_ids_of(split))},
-            words,
-            {text: row for row, text in enumerate(texts)},
-            data.answers.encode_batch,
+            planned = {split: self._plan(data, split) for split in splits}
+            check_space([store for plan in planned.values() for store in (plan.images, plan.words)], self.group)
+            for split, plan in planned.items():
+                self._fill(data, split, plan, progress)
+        return {
+            split: FeatureBatch(
+                plan.images,
+                {image_id: row for row, image_id in enumerate(data.image_ids_of(split))},
+                plan.words,
+                {text: row for row, text in enumerate(plan.texts)},
+                data.answers.encode_batch,
+            )
+            for split, plan in planned.items()
+        }
+
+    def _plan(self, data: QuestionData, split: str) -> "_Plan":
+        texts = list(dict.fromkeys(question.text for question in data.questions_of(split)))
+        tokens = self.preprocessing.tokenizer(texts)
+        lengths = text_token_mask(self.clip, tokens).sum(1)
+        order = torch.argsort(lengths, stable=True)  # texts of a length together, so that batches can be trimmed
+        texts, tokens = [texts[row] for row in order.tolist()], tokens[order].to(torch.int32)
+        sizes = token_sizes(self.clip, tokens[:1].long())
+        pictures = data.picture_items(split)
+        return _Plan(
+            self._store(split, "images", pictures, [sizes.image_tokens] * len(pictures), sizes.image_width),
+            self._store(split, "texts", texts, lengths[order].tolist(), sizes.text_width),
+            texts,
+            tokens,
+        )
+
+    def _fill(self, data: QuestionData, split: str, plan: "_Plan", progress: Callable[[str, float], None]) -> None:
+        plan.images.fill(
+            lambda numbers: self._image_features(data.picture_batches(split, numbers)),
+            self.group,
+            lambda share: progress(f"features of {len(plan.images):,} {split} pictures", share),
+        )
+        plan.words.fill(
+            lambda numbers: self._text_features(plan.tokens, numbers),
+            self.group,
+            lambda share: progress(f"features of {len(plan.words):,} {split} questions", share),
         )
 
     def _store(

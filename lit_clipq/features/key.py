@@ -43,7 +43,7 @@ class FeatureKey:
         """
         if self == wanted:
             return
-        advice = "give another --model.cache folder, or delete that one"
+        advice = "give another --model.cache.folder, or delete that one"
         start = f"the feature cache {folder}"
         if self.model != wanted.model:
             raise ConfigError(f"{start} was made by model {self.model}, but this run has {wanted.model}; {advice}.")

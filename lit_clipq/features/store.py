@@ -3,8 +3,10 @@
 import errno
 import json
 import logging
+import os
 import shutil
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +29,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Produce = Callable[[list[int]], Iterator[Tensor]]
 """Computes the features (l, D) of the items with the given numbers, in this order."""
+Progress = Callable[[float], None]
 
 
 class FeatureStore:
@@ -60,6 +63,7 @@ class FeatureStore:
         largest = max(self.lengths) * row_bytes(width, key.dtype)
         self.shard_items = max(1, shard_bytes // max(1, largest))
         self._readers: list[ShardReader | None] = []
+        self._missing: list[int] | None = None
         self._open_or_make()
 
     def __len__(self) -> int:
@@ -80,12 +84,34 @@ class FeatureStore:
             reader = self._readers[shard] = ShardReader.open(self._path(shard))
         return reader.read(place)
 
-    def fill(self, produce: Produce, group: int = 0) -> int:
+    def missing(self, group: int = 0) -> list[int]:
+        """Find the shards that are absent or damaged; a collective call, after which every process knows them.
+
+        Args:
+            group: Processes of the same number see the same folder and share the work.
+
+        Raises:
+            DataError: Processes that share the folder would fill it with different features.
+        """
+        if self._missing is None:
+            rank, members = _share(group)
+            own = [shard for shard in range(rank, self.shards, members) if not is_whole(self._path(shard))]
+            told = [found for found in gather((group, self.key.digest(), own)) if found[0] == group]
+            if len({digest for _, digest, _ in told}) > 1:
+                raise DataError(
+                    f"the processes of this run see different {self.key.kind} or networks, but share "
+                    f"{self.folder.parent}; give them the same files, or set --model.cache.shared false."
+                )
+            self._missing = sorted(shard for _, _, shards in told for shard in shards)
+        return self._missing
+
+    def fill(self, produce: Produce, group: int = 0, progress: Progress = lambda _: None) -> int:
         """Compute what is missing; every process calls this, and all return when all are done.
 
         Args:
             produce: Computes features of items.
             group: Processes of the same number see the same folder and share the work.
+            progress: Told the share of this process's work that is done, from 0 to 1.
 
         Returns:
             How many items this process computed.
@@ -94,23 +120,16 @@ class FeatureStore:
             DataError: Too little space on the disk, before or while it is filled; finished shards stay. On the other
                 processes: that one failed.
         """
+        check_space([self], group)
         rank, members = _share(group)
-        own = [shard for shard in range(rank, self.shards, members) if not is_whole(self._path(shard))]
-        told = [found for found in gather((group, self.key.digest(), own)) if found[0] == group]
-        if len({digest for _, digest, _ in told}) > 1:
-            raise DataError(
-                f"the processes of this run see different {self.key.kind} or networks, but share {self.folder.parent}; "
-                "give them the same files, or set --model.cache.shared false."
-            )
-        missing = sorted(shard for _, _, shards in told for shard in shards)
-        mine = missing[rank::members]
+        mine = self.missing(group)[rank::members]
         failure: Exception | None = None
         try:
-            self._check_space(sum(self._bytes(shard) for shard in missing))
-            self._write(mine, produce)
+            self._write(mine, produce, progress)
         except Exception as error:
             failure = error
         failures = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        self._missing = None
         if failure is not None:
             raise failure
         for number, text in enumerate(failures):
@@ -119,14 +138,15 @@ class FeatureStore:
         self._readers = []
         return sum(len(self._items(shard)) for shard in mine)
 
-    def _write(self, missing: list[int], produce: Produce) -> None:
+    def _write(self, missing: list[int], produce: Produce, progress: Progress) -> None:
         if not missing:
             return
         logger.info("caching %d of %d shards in %s", len(missing), self.shards, self.folder)
         features = produce([item for shard in missing for item in self._items(shard)])
         for done, shard in enumerate(missing):
             for left_over in self.folder.glob(f".{self._path(shard).name}*"):  # of a process that was killed
-                left_over.unlink(missing_ok=True)
+                if not _is_running(left_over.name.rpartition(".")[2]):  # another run may fill the same cache
+                    left_over.unlink(missing_ok=True)
             items = []
             for item in self._items(shard):
                 value = next(features).detach().cpu()
@@ -137,6 +157,7 @@ class FeatureStore:
                 if not bool(value.isfinite().all()):
                     raise DataError(f"the features of item {item} in {self.folder} hold NaN or Inf; check the model.")
                 items.append(value)
+                progress((done + len(items) / len(self._items(shard))) / len(missing))
             try:
                 write_shard(self._path(shard), items, self.key.dtype)
             except OSError as error:
@@ -148,13 +169,9 @@ class FeatureStore:
                     ) from error
                 raise DataError(f"the feature cache {self.folder} cannot be written: {error}.") from error
 
-    def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise DataError(
-                f"the feature cache {self.folder} needs {needed / 1e9:.2f} GB more, the disk has {free / 1e9:.2f} GB "
-                "free; give --model.cache.folder another place or set --model.cache.dtype int8."
-            )
+    def predicted_bytes(self, shards: Sequence[int]) -> int:
+        """Return what some shards take on the disk at most."""
+        return sum(self._bytes(shard) for shard in shards)
 
     def _items(self, shard: int) -> range:
         return range(shard * self.shard_items, min(len(self), (shard + 1) * self.shard_items))
@@ -187,6 +204,44 @@ class FeatureStore:
         held.check_serves(self.key, self.folder)
         if layout != (FORMAT, self.width, self.shard_items):
             raise DataError(f"the feature cache {self.folder} has another layout than this version's; delete it.")
+
+
+def check_space(stores: Sequence[FeatureStore], group: int = 0) -> None:
+    """Check that what several stores miss fits on their disks together; a collective call, before any is filled.
+
+    Args:
+        stores: The stores.
+        group: Processes of the same number see the same folders.
+
+    Raises:
+        DataError: It does not fit, on this process or on another.
+    """
+    needed: dict[int, int] = defaultdict(int)
+    free = {}
+    for store in stores:
+        disk = store.folder.stat().st_dev
+        needed[disk] += store.predicted_bytes(store.missing(group))
+        free[disk] = (shutil.disk_usage(store.folder).free, store.folder)
+    told = [
+        f"the feature cache {folder} {'and others beside it need' if len(stores) > 1 else 'needs'} "
+        f"{needed[disk] / 1e9:.2f} GB more, the disk has {space / 1e9:.2f} GB free; give --model.cache.folder another "
+        "place or set --model.cache.dtype int8."
+        for disk, (space, folder) in free.items()
+        if needed[disk] > space
+    ]
+    for text in sum(gather(told), []):  # noqa: RUF017 short
+        raise DataError(text)
+
+
+def _is_running(number: str) -> bool:
+    """Tell whether a process of this machine has the number that a file name ends with."""
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass  # it is somebody else's
+    return True
 
 
 def _share(group: int) -> tuple[int, int]:

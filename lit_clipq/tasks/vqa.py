@@ -1,8 +1,10 @@
 """Visual question answering: an MCAN head on the token features of a frozen CLIP, trained and evaluated."""
 
 import logging
+import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lit_clipq.errors import ConfigError, ModelError
@@ -115,6 +118,10 @@ class VQA(ClipTask):
             raise ConfigError(
                 f"expected learning_rate > 0, factors of warmup > 0, decay_epochs >= 0 and decay in (0, 1], got "
                 f"{learning_rate}, {list(warmup)}, {list(decay_epochs)} and {decay}; correct them under --model."
+            )
+        if any(not 0 <= beta < 1 for beta in betas) or eps < 0:
+            raise ConfigError(
+                f"expected betas in [0, 1) and eps >= 0, got {list(betas)} and {eps}; correct them under --model."
             )
         self.save_hyperparameters(ignore=["cache", "answers"], logger=False)
         self.options = mcan_options(head, head_options)
@@ -231,9 +238,11 @@ class VQA(ClipTask):
             return
         path = head_path(self.head_weights, self.model_name)
         state, record = load_head(path)
-        self._take(record, str(path), "" if _is_planted(self.model_name, self.head_weights) else self.clip_hash)
-        if self.head is not None:
-            self.head.load_state_dict(state)
+        with torch.inference_mode(False):  # the loop of an evaluation has begun where no QuantTrainer runs it
+            self._take(record, str(path), "" if _is_planted(self.model_name, self.head_weights) else self.clip_hash)
+            if self.head is not None:
+                self.head.load_state_dict(state)
+                self.head.train(self.training)
 
     def _take(self, record: HeadRecord, source: str, clip_hash: str) -> None:
         """Check that weights fit, and build a head for their vocabulary.
@@ -275,9 +284,8 @@ class VQA(ClipTask):
         """In `fit`: build the head, freeze CLIP as it is now, and compute the features that are not on disk."""
         super().setup(stage)
         if stage != TrainerFn.FITTING:
-            if self.trainer.ckpt_path is None:
-                self.prepare_weights()
             return
+        self._check_export()
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "answers"):
@@ -300,7 +308,21 @@ class VQA(ClipTask):
                 options=self.cache,
                 group=0 if self.cache.shared else self.trainer.node_rank,
             )
-            data.collators = {split: features.batches(data, split) for split in ("train", "val")}
+            with _progress(self.trainer) as progress:
+                data.collators = dict(features.batches(data, ("train", "val"), progress))
+
+    def _check_export(self) -> None:
+        """Refuse a file that cannot be written before the training, not after it."""
+        if self.export is None or not self.trainer.is_global_zero:
+            return
+        path = Path(self.export)
+        try:
+            if path.is_dir():
+                raise IsADirectoryError("it is a folder")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:
+            raise ConfigError(f"the head cannot be written to {path}: {error}; give another --model.export.") from error
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam on the head and its schedule, stepped after every epoch."""
@@ -358,7 +380,9 @@ class VQA(ClipTask):
     # Evaluation
 
     def prepare_evaluation(self) -> None:
-        """Let the data module report by the vocabulary of the head."""
+        """Take the head of `head_weights` if no checkpoint brought one; the data module reports by its answers."""
+        if not self._fits():
+            self.prepare_weights()
         data: Any = getattr(self.trainer, "datamodule", None)
         if not self._fits() and self.head is not None and hasattr(data, "use_answers"):
             data.use_answers(self.words)
@@ -425,6 +449,22 @@ class VQA(ClipTask):
         states: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(states, own)
         return states
+
+
+@contextmanager
+def _progress(trainer: Any) -> Iterator[Callable[[str, float], None]]:
+    """Show what is being computed and the time left; on the first process, where the Trainer has a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+    with Progress(*columns, transient=True, disable=not shown) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def update(words: str, share: float) -> None:
+            if words not in tasks:
+                tasks[words] = bar.add_task(words, total=1.0)
+            bar.update(tasks[words], completed=share)
+
+        yield update
 
 
 def _is_planted(name: str, head_weights: str) -> bool:

@@ -1,6 +1,7 @@
 """Feature caches on disk: what comes back, what a crash leaves, what is refused."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.features import FeatureKey, FeatureStore, decode, items_hash
 from lit_clipq.features.shard import is_whole
+from lit_clipq.features.store import check_space
 from tests.ddp.processes import run_processes
 
 WIDTH = 8
@@ -129,12 +131,19 @@ def test_a_killed_process_leaves_its_finished_shards(tmp_path):
     assert process.stdout.readline().strip() == "half way"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (tmp_path / ".000003.safetensors.4711").write_bytes(b"left over")
+    (tmp_path / f".000003.safetensors.{process.pid}").write_bytes(b"left over")
     seen = []
     store(tmp_path).fill(produce(seen))
     assert seen == [6, 7, 8, 9, 10]  # the shards of 0-2 and 3-5 were finished
     assert not list(tmp_path.glob(".*"))
     assert torch.equal(decode(*store(tmp_path).read(7)), features_of(7).half().float())
+
+
+def test_what_a_running_process_is_writing_is_left_alone(tmp_path):
+    alive = tmp_path / f".000002.safetensors.{os.getppid()}"
+    alive.write_bytes(b"half")
+    store(tmp_path).fill(produce())
+    assert alive.read_bytes() == b"half"
 
 
 FULL_DISK = """
@@ -174,10 +183,34 @@ def test_too_little_space_is_told_before_anything_is_computed(tmp_path, monkeypa
     assert not seen
 
 
+def test_the_space_for_several_caches_is_checked_together(tmp_path, monkeypatch):
+    stores = [store(tmp_path / name) for name in "abc"]
+    needed = stores[0].predicted_bytes(range(stores[0].shards))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 0, 2 * needed))
+    for one in stores:
+        check_space([one])
+    with pytest.raises(DataError, match="and others beside it need"):
+        check_space(stores)
+    stores[1].fill(produce())  # what is there needs no space
+    check_space(stores)
+
+
+def test_progress_tells_the_share_that_is_done(tmp_path):
+    shares = []
+    store(tmp_path).fill(produce(), progress=shares.append)
+    assert len(shares) == len(LENGTHS)
+    assert shares == sorted(set(shares))
+    assert shares[2] == 1 / 4  # a shard of three items, of four
+    assert shares[-1] == 1
+    store(tmp_path).fill(produce(), progress=shares.append)
+    assert len(shares) == len(LENGTHS)  # nothing to do
+
+
 def test_the_prediction_bounds_what_is_written(tmp_path):
     for dtype in ("float16", "int8"):
         filled = store(tmp_path / dtype, dtype=dtype)
-        predicted = sum(filled._bytes(shard) for shard in range(filled.shards))
+        predicted = filled.predicted_bytes(range(filled.shards))
         filled.fill(produce())
         written = sum(path.stat().st_size for path in shards_of(tmp_path / dtype))
         assert 0.1 * predicted < written <= predicted  # small shards are mostly header

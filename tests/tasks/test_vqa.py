@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import lightning
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from lit_clipq.features import CacheOptions
 from lit_clipq.nn.modules import QModule
 from lit_clipq.tasks import VQA
 from lit_clipq.tasks.vqa import answer_loss
+from lit_clipq.tasks.vqa_head import save_head
 from tests.tasks.vqa_runs import equal, fit, make_data, make_task, make_trainer, weights, write_data
 
 STEPS = 6  # of an epoch
@@ -196,6 +198,32 @@ def test_a_checkpoint_is_evaluated_without_train_files(root, whole, tmp_path):
     assert data.sample_counts()["vocabulary"] == len(trained.words)
 
 
+def test_a_checkpoint_is_evaluated_whatever_head_weights_the_configuration_names(root, whole, tmp_path):
+    folder, trained, _ = whole
+    last = checkpoint(folder, ALL_STEPS)
+    validate(trained, root, tmp_path)
+    task = make_task("unused", head_weights="mini")  # the shipped head has other sizes
+    validate(task, root, tmp_path, ckpt_path=last)
+    assert task.results() == trained.results()
+    with pytest.raises(ModelError, match="holds another head: layers 2"):
+        validate(make_task("unused", head_weights="mini"), root, tmp_path)
+
+
+def test_lightnings_own_trainer_evaluates_head_weights(root, whole, tmp_path):
+    _, trained, _ = whole
+    validate(trained, root, tmp_path)
+    save_head(tmp_path / "head.safetensors", trained.head.state_dict(), trained.record())
+    task = make_task("unused", head_weights=str(tmp_path / "head.safetensors"), dropout=0.9)
+    quiet = {"logger": False, "enable_progress_bar": False, "use_distributed_sampler": False}
+    options = {"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, **quiet}
+    lightning.pytorch.Trainer(**options).validate(task, datamodule=make_data(root), verbose=False)
+    assert task.results() == trained.results()
+    callback = quantizing(recipe="ptq4clip", bits=6, include=["clip.*block*.0.mlp*", "head.*"])
+    task = make_task("unused", head_weights=str(tmp_path / "head.safetensors"))
+    lightning.pytorch.Trainer(**options, callbacks=[callback]).validate(task, datamodule=make_data(root), verbose=False)
+    assert isinstance(task.head.answer, QModule)
+
+
 REFUSED = {
     "another head": ({"head_options": {"layers": 2}}, {}, r"another head: layers 1 \(here 2\)"),
     "another CLIP": ({"pretrained": None}, {}, r"trained on mini-vit \(mini\), but this run has mini-vit \(random w"),
@@ -228,6 +256,44 @@ def test_the_checkpoint_of_another_task_is_refused(root, tmp_path):
 def test_an_evaluation_without_a_trained_head_says_so(root, tmp_path):
     with pytest.raises(ConfigError, match=r"--ckpt_path of a training, or --model\.head_weights"):
         validate(make_task("unused"), root, tmp_path)
+
+
+def damaged(path, how):
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-2000])
+    elif how == "text":
+        path.write_text("hello\n")
+    elif how == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "text", "empty", "gone"])
+def test_a_checkpoint_that_cannot_be_read_is_told_before_any_work(root, whole, tmp_path, how):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes((whole[0] / "step=3.ckpt").read_bytes())
+    damaged(path, how)
+    error, told = (ConfigError, "does not exist") if how == "gone" else (ModelError, "cannot be read")
+    for run in (fit, lambda *args, **options: validate(make_task("unused"), *args, **options)):
+        with pytest.raises(error, match=rf"{path} {told}.*--ckpt_path"):
+            run(root, tmp_path, ckpt_path=str(path))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("place", ["a file/head.safetensors", "folder"])
+def test_an_export_that_cannot_be_written_is_told_before_training(root, tmp_path, place):
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ConfigError, match=r"the head cannot be written to .*give another --model\.export"):
+        fit(root, tmp_path, task=make_task(tmp_path / "cache", export=str(tmp_path / place)))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_batch_that_cannot_be_made_is_told_before_features_are_computed(root, tmp_path):
+    with pytest.raises(ConfigError, match="needs a batch of 37 questions, got 36"):
+        fit(root, tmp_path, data=make_data(root, train_batch_size=37))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_exported_head_is_evaluated(root, whole, tmp_path):
@@ -300,6 +366,38 @@ def test_a_trained_head_is_evaluated_quantized(root, whole, tmp_path):
         }
         assert run.comparison.float_metrics.keys() == run.comparison.quantized_metrics.keys()
         assert run.comparison.differences.keys() == run.comparison.float_metrics.keys()
+
+
+def test_a_saved_model_is_clip_alone_and_the_head_is_that_of_the_run(root, whole, tmp_path):
+    folder, trained, _ = whole
+    saved, exported = tmp_path / "saved", tmp_path / "head.safetensors"
+    last = checkpoint(folder, ALL_STEPS)
+    validate(make_task("unused"), root, tmp_path, quantizing(include="clip.*", save=str(saved)), ckpt_path=last)
+    tensors = json.loads((saved / "quantization.json").read_text())["tensors"]
+    assert {name.partition(".")[0] for name in tensors} == {"clip"}
+
+    # the same model under the head of another step, under one from a file, and to train on
+    other = make_task("unused")
+    validate(other, root, tmp_path, Quantize(load=str(saved)), ckpt_path=checkpoint(folder, 1))
+    assert equal(weights(other), weights(VQA.load_from_checkpoint(checkpoint(folder, 1))))
+    save_head(exported, trained.head.state_dict(), trained.record())
+    for callback in (quantizing(include="clip.*", save=str(tmp_path / "again")), Quantize(load=str(saved))):
+        task = make_task("unused", head_weights=str(exported))
+        validate(task, root, tmp_path, callback)
+        assert any(isinstance(module, QModule) for module in task.clip.modules())
+    fit(root, tmp_path, Quantize(load=str(saved)), max_epochs=1)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "file"])
+def test_a_quantized_head_is_not_saved_and_that_is_told_first(root, whole, tmp_path, monkeypatch, source):
+    folder, trained, _ = whole
+    monkeypatch.setattr("callbacks.quantize.quantize", None)  # nothing is calibrated
+    options = {"ckpt_path": checkpoint(folder, ALL_STEPS)} if source == "checkpoint" else {}
+    save_head(tmp_path / "head.safetensors", trained.head.state_dict(), trained.record())
+    task = make_task("unused", head_weights=None if options else str(tmp_path / "head.safetensors"))
+    with pytest.raises(ConfigError, match=r"a CLIP alone, but head would be quantized.*--quantize\.include 'clip"):
+        validate(task, root, tmp_path, quantizing(include="*", save=str(tmp_path / "saved")), **options)
+    assert not (tmp_path / "saved").exists()
 
 
 def test_the_search_of_ptq4clip_reaches_clip_and_head(root, whole, tmp_path):
@@ -389,6 +487,9 @@ def test_the_rate_is_that_of_the_paper():
 def test_impossible_options_are_refused():
     for options in ({"learning_rate": 0.0}, {"decay": 0.0}, {"warmup": (0.0,)}, {"decay_epochs": (-1,)}):
         with pytest.raises(ConfigError, match="learning_rate"):
+            make_task("unused", **options)
+    for options in ({"betas": (1.5, 0.9)}, {"betas": (0.9, 1.0)}, {"eps": -1.0}):
+        with pytest.raises(ConfigError, match="betas in"):
             make_task("unused", **options)
 
 

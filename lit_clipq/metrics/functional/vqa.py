@@ -214,7 +214,7 @@ class AnswerVocabulary:
             raise DataError(
                 f"expected a vocabulary of at least one answer, each once and with its count, got {len(self.words)} "
                 f"answers, {len(set(self.words))} of them distinct, and {len(self.counts)} counts; count it again, "
-                "with a smaller least frequency where there are few questions."
+                "with a smaller least frequency (min_answer_count) where there are few questions."
             )
 
     @classmethod
