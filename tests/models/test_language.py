@@ -1,5 +1,6 @@
 """Language models: loading and what is refused."""
 
+import inspect
 import json
 import shutil
 
@@ -86,8 +87,10 @@ def test_explicit_gpt2_computes_the_same_with_and_without_a_cache():
     expected = original(input_ids=ids).logits
     torch.testing.assert_close(explicit(input_ids=ids).logits, expected)
     cache = DynamicCache()
-    explicit(input_ids=ids[:, :6], past_key_values=cache)
-    torch.testing.assert_close(explicit(input_ids=ids[:, 6:], past_key_values=cache).logits, expected[:, 6:])
+    name = "cache" if "cache" in inspect.signature(explicit.forward).parameters else "past_key_values"
+    explicit(input_ids=ids[:, :6], **{name: cache})
+    assert cache.get_seq_length() == 6
+    torch.testing.assert_close(explicit(input_ids=ids[:, 6:], **{name: cache}).logits, expected[:, 6:])
     assert make_explicit(explicit) == records
 
 
