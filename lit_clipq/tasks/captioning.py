@@ -189,8 +189,8 @@ class Captioning(ClipTask):
             # The guidance needs gradients of the language model's cache.
             with torch.inference_mode(False), torch.no_grad():
                 captions = self._captioner.captions(self._embedded(images.clone()))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
                 raise
             o = self.options
             raise ConfigError(
@@ -217,3 +217,11 @@ class Captioning(ClipTask):
             self._log.close({key: picture.caption for key, picture in self._captioned.items()})
         self._captioner = None
         self._log = None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether memory was not enough; only some of torch's allocators have an error class for that."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in told for words in ("out of memory", "allocate memory", "alloc_failed")
+    )

@@ -172,11 +172,20 @@ def test_impossible_options_are_refused(options, told, tmp_path, monkeypatch):
 
 def test_an_unknown_language_model_is_told_in_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # ask no network
-    with pytest.raises(ModelError, match=r"language model 'no/such-model' is neither a folder nor"):
+    with pytest.raises(ModelError, match=r"language model 'no/such-model' is neither a folder nor could it be fetched"):
         make_task(lm="no/such-model")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
+    ids=str,
+)
 def test_running_out_of_memory_names_the_knobs(error):
     task = make_task(beams=3)
 
@@ -214,3 +223,8 @@ def test_a_quantized_language_model_still_captions_and_its_layers_are_in_the_map
     assert entries["lm.lm_head"]["weight_bits"] == 8
     assert "products outside of layers" not in "".join(entries)
     assert len(json.loads((tmp_path / "captions_quantized.json").read_text())) == 6
+    with_lm = json.loads(results.read_text())["size_bytes"]["float"]
+    assert main([*RUN, "--results", str(results)]) == 0
+    parameters = sum(p.numel() for p in make_task().clip.parameters())
+    assert json.loads(results.read_text())["size_bytes"]["float"] < with_lm
+    assert json.loads(results.read_text())["size_bytes"]["float"] >= 4 * parameters
