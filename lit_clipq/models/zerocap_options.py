@@ -131,9 +131,11 @@ def forbidden_tokens(options: ZeroCapOptions, tokenizer: Any, end_id: int) -> li
         return [i for i, text in enumerate(texts) if i != end_id and (i in special or forbidden_by_rule(text))]
     path = Path(options.forbidden_tokens).expanduser()
     try:
-        ids = np.load(path, allow_pickle=False).astype(np.int64).reshape(-1)
+        ids = np.load(path, allow_pickle=False).reshape(-1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"forbidden tokens cannot be read from {path} ({error}); give a .npy of token ids") from error
+    if len(ids) and not np.issubdtype(ids.dtype, np.integer):
+        raise ConfigError(f"forbidden tokens are integers, but {path} holds {ids.dtype}; give a .npy of token ids")
     if len(ids) and not 0 <= ids.min() <= ids.max() < size:
         raise ConfigError(f"{path} names tokens {ids.min()} to {ids.max()}, but the tokenizer has {size}")
     return sorted({int(i) for i in ids} - {end_id})
