@@ -51,6 +51,11 @@ class CaptionModel:
             )
         config: Any = self.model.config
         self.vocabulary: int = config.vocab_size
+        if options.beams > self.vocabulary:
+            raise ModelError(
+                f"{options.beams} beams cannot begin with different tokens of the {self.vocabulary} that the language "
+                f"model {loaded.name!r} has; lower --model.beams"
+            )
         forbidden = forbidden_tokens(options, loaded.tokenizer, self.end_id)
         self.forbidden = torch.tensor(forbidden, dtype=torch.int64, device=self.device)
 

@@ -137,6 +137,7 @@ def test_resume_from_the_command_line_and_the_files_it_leaves(tmp_path, capsys):
     assert {"captions_float.json", "captions_quantized.json"} < set(first)
     page = (tmp_path / "captions.html").read_text()
     assert page.count("<img") == 6
+    assert "CIDEr quantized (vanilla, vision W8A8, text W8A8): " in page
     lost = json.loads(first["captions_quantized.json"])[:2]
     (tmp_path / "captions_quantized.json").write_text(json.dumps(lost))
     assert main([*RUN, "--results", str(results), "--resume"]) == 0
@@ -160,6 +161,10 @@ def test_resume_is_for_captions_only(tmp_path, capsys):
         ({"options": {"clip_scal": 1.0}}, "did you mean 'clip_scale'"),
         ({"options": {"beams": 2}}, "the same option"),
         ({"options": {"temperature": 0.0}}, "temperature must be above 0"),
+        ({"options": {"step_size": "abc"}}, "option step_size must be a finite number, got 'abc'"),
+        ({"options": {"step_size": float("nan")}}, "option step_size must be a finite number, got nan"),
+        ({"options": {"memo_megabytes": 1.5}}, "option memo_megabytes must be a whole number, got 1.5"),
+        ({"options": {"start_token": 5}}, r"option start_token must be str \| None, got 5"),
         ({"forbidden_tokens": "absent.npy"}, "forbidden tokens cannot be read from absent.npy"),
     ],
     ids=lambda value: str(value)[:20],
