@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +123,11 @@ class Captioning(ClipTask):
         return outputs
 
     def _language_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the language model's tokens (B, L) of texts given in CLIP's, cut to the shortest of the batch."""
+        """Return the language model's tokens (B, L) of texts given in CLIP's.
+
+        L is that of the longest caption with its prefix; a shorter text is said again. A row does not depend on the
+        texts beside it, so that any number of processes calibrates on the same tokens.
+        """
         decode = getattr(self.preprocessing.tokenizer, "decode", None)
         if decode is None:
             raise ConfigError(
@@ -131,9 +136,10 @@ class Captioning(ClipTask):
             )
         special = set(getattr(self.preprocessing.tokenizer, "all_special_ids", ()))
         texts = [decode([t for t in row if t and t not in special]).strip() + "." for row in tokens.tolist()]
-        rows = [self.language.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        length = min(len(row) for row in rows)
-        return torch.tensor([[self.language.start_id, *row[:length]] for row in rows], device=self.device)
+        tokenize = partial(self.language.tokenizer, add_special_tokens=False)
+        *rows, prefix = (tokenize(text).input_ids for text in (*texts, self.options.prefix))
+        length = len(prefix) + self.options.max_tokens
+        return torch.tensor([[self.language.start_id, *(row * length)[:length]] for row in rows], device=self.device)
 
     def begin_pass(self, path: Path, run: str, *, resume: bool) -> None:
         """Keep the captions of the next evaluation in a file.

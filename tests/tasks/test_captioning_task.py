@@ -215,6 +215,9 @@ def test_the_language_model_is_offered_where_a_pattern_speaks_of_it():
     rows = task.calibration_forward(batch)["lm"]
     torch.testing.assert_close(rows.square().sum(-1), torch.full(rows.shape[:2], 4.0))
     assert isinstance(task.roots()["lm"], nn.Module)
+    for row in range(2):  # whatever texts are beside it
+        alone = task.calibration_forward((batch[0][row : row + 1], batch[1][row : row + 1]))["lm"]
+        torch.testing.assert_close(rows[row : row + 1], alone)
 
 
 def test_a_quantized_language_model_still_captions_and_its_layers_are_in_the_map(tmp_path):
