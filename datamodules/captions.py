@@ -185,7 +185,9 @@ def with_captions(
         raise DataError(f"{source} lists no pictures; expected at least one.")
     bare = [path.name for path, texts in zip(paths, captions, strict=True) if not texts]
     if bare:
-        raise DataError(f"{source} lists {len(bare):,} pictures without captions ({some(bare)}).")
+        raise DataError(
+            f"{source} lists {len(bare):,} pictures without captions ({some(bare)}); add captions or leave them out."
+        )
     twice = [path.name for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise DataError(f"{source} lists {len(twice):,} pictures more than once ({some(twice)}).")
@@ -195,7 +197,7 @@ def with_captions(
         if not all(isinstance(text, str) and text.strip() for text in texts)
     ]
     if blank:
-        raise DataError(f"{source} has captions that are empty or no text, for {some(blank)}.")
+        raise DataError(f"{source} has captions that are empty or no text, for {some(blank)}; correct or remove them.")
     given = ids if ids is not None and all(isinstance(key, int) for key in ids) else [None] * len(paths)
     again = [key for key, count in Counter(given).items() if key is not None and count > 1]
     if again:

@@ -291,6 +291,7 @@ class QuantTrainer(Trainer):
             "model": state_hash(model),
             "checkpoint": None if ckpt_path is None else hashlib.sha256(Path(ckpt_path).read_bytes()).hexdigest(),
             "task": type(model).__name__,
+            "roots": sorted(model.roots()),  # the size that is remembered is theirs
             "options": {key: repr(value) for key, value in sorted(dict(model.hparams).items())},
             "data": datamodule.fingerprint(),
             "limit": repr((self.limit_val_batches, self.limit_test_batches)),

@@ -94,7 +94,8 @@ class CaptionFiles:
             for key, (caption, references, file) in measured.captioned.items()
         ]
         path = self.folder / "captions.html"
-        passes = [("float", measured), *([] if quantized is None else [("quantized", quantized)])]
+        variant = f"quantized ({self.model.variant})"
+        passes = [("float", measured), *([] if quantized is None else [(variant, quantized)])]
         notes = [
             f"CIDEr {name}: {100 * pass_.metrics['cider']:.2f} % of {len(rows):,} pictures" for name, pass_ in passes
         ]

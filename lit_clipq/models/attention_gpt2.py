@@ -39,6 +39,7 @@ class ExplicitGPT2(ExplicitAttention):
         hidden_states: Tensor,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
+        cache: Any = None,
         **kwargs: object,  # noqa: ARG002 - switches of other attention implementations
     ) -> tuple[Tensor, Tensor]:
         """Attend to what came before.
@@ -48,14 +49,16 @@ class ExplicitGPT2(ExplicitAttention):
             past_key_values: transformers' cache, which the new keys and values are added to, or None.
             attention_mask: Broadcastable to (B, H, L, T + L); True keeps, a float is added. Without one the mask is
                 causal.
+            cache: What transformers 5.24 and later call `past_key_values`.
             **kwargs: Ignored.
 
         Returns:
             Output (B, L, D) and weights (B, H, L, T + L).
         """
         q, k, v = self.project(hidden_states, hidden_states, hidden_states)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        kept = past_key_values if cache is None else cache
+        if kept is not None:
+            k, v = kept.update(k, v, self.layer_idx)
         if attention_mask is None:
             mask = causal_mask(k.shape[2], q)[-q.shape[2] :]
         else:

@@ -69,10 +69,11 @@ def load_language_model(
         with _without_progress_bars(transformers):
             model: Any = _make(transformers, source, random_weights, dtype)
     except (OSError, ValueError, KeyError) as error:
-        kind = "a folder" if Path(name).exists() else "neither a folder nor a model that could be fetched from the hub"
+        there = Path(name).exists()
+        kind = "holds no usable causal language model" if there else "is neither a folder nor could it be fetched"
         raise ModelError(
-            f"language model {name!r} is {kind} without a usable causal language model ({_first_line(error)}); give a "
-            "folder with config.json and model.safetensors, or a hub name such as gpt2-medium"
+            f"language model {name!r} {kind} ({_first_line(error)}); give a folder with config.json and "
+            "model.safetensors, or a hub name such as gpt2-medium"
         ) from error
     for weight_name, value in model.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):

@@ -1,10 +1,11 @@
 """Options of ZeroCap and its presets, and the tokens it does not like."""
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import numpy as np
 
@@ -68,6 +69,11 @@ class ZeroCapOptions:
     """Bound on the text embeddings that the fast engine remembers."""
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if not _is_of(option.type, value):
+                kind = _IN_WORDS.get(option.type, option.type)
+                raise ConfigError(f"captioning's option {option.name} must be {kind}, got {value!r}")
         for name, least in (
             ("beams", 1), ("max_tokens", 1), ("candidates", 1), ("iterations", 0), ("memo_megabytes", 0),
         ):  # fmt: skip
@@ -80,6 +86,15 @@ class ZeroCapOptions:
             raise ConfigError(f"--model.options.fusion must be between 0 and 1, got {self.fusion}")
         if self.engine not in ("fast", "plain"):
             raise ConfigError(f"--model.engine must be 'fast' or 'plain', got {self.engine!r}")
+
+
+_IN_WORDS: dict[Any, str] = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+
+
+def _is_of(expected: Any, value: Any) -> bool:
+    if expected in (int, float):
+        return isinstance(value, (int, expected)) and not isinstance(value, bool) and math.isfinite(value)
+    return get_origin(expected) is Literal or isinstance(value, expected)
 
 
 PRESETS: dict[str, ZeroCapOptions] = {
@@ -131,9 +146,11 @@ def forbidden_tokens(options: ZeroCapOptions, tokenizer: Any, end_id: int) -> li
         return [i for i, text in enumerate(texts) if i != end_id and (i in special or forbidden_by_rule(text))]
     path = Path(options.forbidden_tokens).expanduser()
     try:
-        ids = np.load(path, allow_pickle=False).astype(np.int64).reshape(-1)
+        ids = np.load(path, allow_pickle=False).reshape(-1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"forbidden tokens cannot be read from {path} ({error}); give a .npy of token ids") from error
+    if len(ids) and not np.issubdtype(ids.dtype, np.integer):
+        raise ConfigError(f"forbidden tokens are integers, but {path} holds {ids.dtype}; give a .npy of token ids")
     if len(ids) and not 0 <= ids.min() <= ids.max() < size:
         raise ConfigError(f"{path} names tokens {ids.min()} to {ids.max()}, but the tokenizer has {size}")
     return sorted({int(i) for i in ids} - {end_id})

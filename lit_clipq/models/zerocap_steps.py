@@ -1,5 +1,6 @@
 """What both engines of ZeroCap compute in a step: the language model's next token, guidance, and the search."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class CaptionModel:
     def __init__(self, loaded: LoadedLanguageModel, options: ZeroCapOptions) -> None:
         self.model: Any = loaded.model
         self.tokenizer = loaded.tokenizer
+        # transformers 5.24 renamed `past_key_values`
+        self._cache_name = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
         ends = loaded.tokenizer(options.end_token, add_special_tokens=False).input_ids
         if len(ends) != 1:
             raise ModelError(
@@ -48,6 +51,11 @@ class CaptionModel:
             )
         config: Any = self.model.config
         self.vocabulary: int = config.vocab_size
+        if options.beams > self.vocabulary:
+            raise ModelError(
+                f"{options.beams} beams cannot begin with different tokens of the {self.vocabulary} that the language "
+                f"model {loaded.name!r} has; lower --model.beams"
+            )
         forbidden = forbidden_tokens(options, loaded.tokenizer, self.end_id)
         self.forbidden = torch.tensor(forbidden, dtype=torch.int64, device=self.device)
 
@@ -80,7 +88,7 @@ class CaptionModel:
             filled = [filled_up(x) for x in cache]
             pairs = list(zip(filled[::2], filled[1::2], strict=True))
         past: Any = DynamicCache(pairs)
-        logits = self.model(input_ids=filled_up(tokens), past_key_values=past, use_cache=True).logits
+        logits = self.model(input_ids=filled_up(tokens), use_cache=True, **{self._cache_name: past}).logits
         kept = [x[:rows] for layer in past.layers for x in (layer.keys, layer.values)]
         return logits[:rows, -1], kept
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,7 +123,11 @@ class Captioning(ClipTask):
         return outputs
 
     def _language_tokens(self, tokens: Tensor) -> Tensor:
-        """Return the language model's tokens (B, L) of texts given in CLIP's, cut to the shortest of the batch."""
+        """Return the language model's tokens (B, L) of texts given in CLIP's.
+
+        L is that of the longest caption with its prefix; a shorter text is said again. A row does not depend on the
+        texts beside it, so that any number of processes calibrates on the same tokens.
+        """
         decode = getattr(self.preprocessing.tokenizer, "decode", None)
         if decode is None:
             raise ConfigError(
@@ -131,9 +136,10 @@ class Captioning(ClipTask):
             )
         special = set(getattr(self.preprocessing.tokenizer, "all_special_ids", ()))
         texts = [decode([t for t in row if t and t not in special]).strip() + "." for row in tokens.tolist()]
-        rows = [self.language.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        length = min(len(row) for row in rows)
-        return torch.tensor([[self.language.start_id, *row[:length]] for row in rows], device=self.device)
+        tokenize = partial(self.language.tokenizer, add_special_tokens=False)
+        *rows, prefix = (tokenize(text).input_ids for text in (*texts, self.options.prefix))
+        length = len(prefix) + self.options.max_tokens
+        return torch.tensor([[self.language.start_id, *(row * length)[:length]] for row in rows], device=self.device)
 
     def begin_pass(self, path: Path, run: str, *, resume: bool) -> None:
         """Keep the captions of the next evaluation in a file.
@@ -189,8 +195,8 @@ class Captioning(ClipTask):
             # The guidance needs gradients of the language model's cache.
             with torch.inference_mode(False), torch.no_grad():
                 captions = self._captioner.captions(self._embedded(images.clone()))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
                 raise
             o = self.options
             raise ConfigError(
@@ -217,3 +223,11 @@ class Captioning(ClipTask):
             self._log.close({key: picture.caption for key, picture in self._captioned.items()})
         self._captioner = None
         self._log = None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether memory was not enough; only some of torch's allocators have an error class for that."""
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in told for words in ("out of memory", "allocate memory", "alloc_failed")
+    )

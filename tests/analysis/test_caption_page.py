@@ -131,3 +131,6 @@ def test_the_page_is_written_whole_or_not_at_all(picture, tmp_path, monkeypatch)
         write_caption_page(path, [row(picture)], "second")
     assert path.read_text(encoding="utf-8") == before
     assert [child.name for child in path.parent.iterdir()] == ["page.html"]
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: .*page\.html"):
+        write_caption_page(path, [row(picture)], "second")

@@ -1,5 +1,6 @@
 """Language models: loading and what is refused."""
 
+import inspect
 import json
 import shutil
 
@@ -31,7 +32,7 @@ def test_the_mini_language_model_loads_by_name_and_by_folder(folder):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"is a folder without a usable causal language model"):
+    with pytest.raises(ModelError, match=r"holds no usable causal language model"):
         load_language_model(str(tmp_path))
 
 
@@ -86,8 +87,10 @@ def test_explicit_gpt2_computes_the_same_with_and_without_a_cache():
     expected = original(input_ids=ids).logits
     torch.testing.assert_close(explicit(input_ids=ids).logits, expected)
     cache = DynamicCache()
-    explicit(input_ids=ids[:, :6], past_key_values=cache)
-    torch.testing.assert_close(explicit(input_ids=ids[:, 6:], past_key_values=cache).logits, expected[:, 6:])
+    name = "cache" if "cache" in inspect.signature(explicit.forward).parameters else "past_key_values"
+    explicit(input_ids=ids[:, :6], **{name: cache})
+    assert cache.get_seq_length() == 6
+    torch.testing.assert_close(explicit(input_ids=ids[:, 6:], **{name: cache}).logits, expected[:, 6:])
     assert make_explicit(explicit) == records
 
 
@@ -115,6 +118,9 @@ def test_forbidden_tokens_follow_the_rule_or_the_file(tmp_path):
     path = tmp_path / "forbidden.npy"
     np.save(path, np.array([3, 700, end]))
     assert forbidden_tokens(zerocap_options("mini", forbidden_tokens=str(path)), tokenizer, end) == [3, 700]
+    np.save(path, np.array([3.5]))
+    with pytest.raises(ConfigError, match=r"are integers, but .* holds float64"):
+        forbidden_tokens(zerocap_options("mini", forbidden_tokens=str(path)), tokenizer, end)
     np.save(path, np.array([702]))
     with pytest.raises(ConfigError, match="the tokenizer has 702"):
         forbidden_tokens(zerocap_options("mini", forbidden_tokens=str(path)), tokenizer, end)

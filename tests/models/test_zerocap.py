@@ -189,10 +189,12 @@ def test_beams_are_those_of_a_search_over_all_sums():
         assert [beams.tokens[n, s, 0].item() for s in source[n]] == [tokens[0] for tokens in got]
 
 
-def test_the_caption_model_refuses_captions_longer_than_the_language_model_reads():
+def test_the_caption_model_refuses_what_its_language_model_cannot_write():
     from lit_clipq.errors import ModelError
 
     with pytest.raises(ModelError, match=r"reads 48 tokens.*lower --model.max_tokens"):
         CaptionModel(mini_lm(torch.float32), zerocap_options("mini", max_tokens=60))
+    with pytest.raises(ModelError, match=r"703 beams .* of the 702 .* lower --model.beams"):
+        CaptionModel(mini_lm(torch.float32), zerocap_options("mini", beams=703))
     with pytest.raises(ModelError, match="single token"):
         CaptionModel(mini_lm(torch.float32), zerocap_options("mini", end_token="the end"))  # noqa: S106

@@ -137,6 +137,7 @@ def test_resume_from_the_command_line_and_the_files_it_leaves(tmp_path, capsys):
     assert {"captions_float.json", "captions_quantized.json"} < set(first)
     page = (tmp_path / "captions.html").read_text()
     assert page.count("<img") == 6
+    assert "CIDEr quantized (vanilla, vision W8A8, text W8A8): " in page
     lost = json.loads(first["captions_quantized.json"])[:2]
     (tmp_path / "captions_quantized.json").write_text(json.dumps(lost))
     assert main([*RUN, "--results", str(results), "--resume"]) == 0
@@ -160,6 +161,10 @@ def test_resume_is_for_captions_only(tmp_path, capsys):
         ({"options": {"clip_scal": 1.0}}, "did you mean 'clip_scale'"),
         ({"options": {"beams": 2}}, "the same option"),
         ({"options": {"temperature": 0.0}}, "temperature must be above 0"),
+        ({"options": {"step_size": "abc"}}, "option step_size must be a finite number, got 'abc'"),
+        ({"options": {"step_size": float("nan")}}, "option step_size must be a finite number, got nan"),
+        ({"options": {"memo_megabytes": 1.5}}, "option memo_megabytes must be a whole number, got 1.5"),
+        ({"options": {"start_token": 5}}, r"option start_token must be str \| None, got 5"),
         ({"forbidden_tokens": "absent.npy"}, "forbidden tokens cannot be read from absent.npy"),
     ],
     ids=lambda value: str(value)[:20],
@@ -172,11 +177,20 @@ def test_impossible_options_are_refused(options, told, tmp_path, monkeypatch):
 
 def test_an_unknown_language_model_is_told_in_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # ask no network
-    with pytest.raises(ModelError, match=r"language model 'no/such-model' is neither a folder nor"):
+    with pytest.raises(ModelError, match=r"language model 'no/such-model' is neither a folder nor could it be fetched"):
         make_task(lm="no/such-model")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+        MemoryError(),
+    ],
+    ids=str,
+)
 def test_running_out_of_memory_names_the_knobs(error):
     task = make_task(beams=3)
 
@@ -201,6 +215,9 @@ def test_the_language_model_is_offered_where_a_pattern_speaks_of_it():
     rows = task.calibration_forward(batch)["lm"]
     torch.testing.assert_close(rows.square().sum(-1), torch.full(rows.shape[:2], 4.0))
     assert isinstance(task.roots()["lm"], nn.Module)
+    for row in range(2):  # whatever texts are beside it
+        alone = task.calibration_forward((batch[0][row : row + 1], batch[1][row : row + 1]))["lm"]
+        torch.testing.assert_close(rows[row : row + 1], alone)
 
 
 def test_a_quantized_language_model_still_captions_and_its_layers_are_in_the_map(tmp_path):
@@ -214,3 +231,8 @@ def test_a_quantized_language_model_still_captions_and_its_layers_are_in_the_map
     assert entries["lm.lm_head"]["weight_bits"] == 8
     assert "products outside of layers" not in "".join(entries)
     assert len(json.loads((tmp_path / "captions_quantized.json").read_text())) == 6
+    with_lm = json.loads(results.read_text())["size_bytes"]["float"]
+    assert main([*RUN, "--results", str(results)]) == 0
+    parameters = sum(p.numel() for p in make_task().clip.parameters())
+    assert json.loads(results.read_text())["size_bytes"]["float"] < with_lm
+    assert json.loads(results.read_text())["size_bytes"]["float"] >= 4 * parameters
