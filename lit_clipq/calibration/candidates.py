@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class UniformCandidates(Candidates):
         high: Maximum, same shape.
         multipliers: Factors on the scale, increasing.
         segments: Channels that share a factor, in order, where they do (one scale for each of q, k and v).
+        device: Where the operand is.
     """
 
     def __init__(
@@ -61,17 +63,20 @@ class UniformCandidates(Candidates):
         high: Tensor,
         multipliers: Tensor,
         segments: tuple[int, ...] = (),
+        *,
+        device: torch.device,
     ) -> None:
         self.quantizer = quantizer
         quantizer.set_range(low, high)
-        self.scale, self.zero_point = quantizer._need("scale").clone(), quantizer._need("zero_point").clone()
-        self.multipliers = multipliers.to(self.scale.device)
+        self.scale, self.zero_point = (quantizer._need(name).to(device) for name in ("scale", "zero_point"))
+        self.multipliers = multipliers.to(device)
+        self.zero = int(quantizer._need("zero_point")) if not self.scale.dim() else None
         self.count = len(multipliers)
         self.channels = len(segments) or self.scale.numel()
         nearest = int((multipliers - 1).abs().argmin())
-        self.start = torch.full((self.channels,), nearest, device=self.scale.device)
+        self.start = torch.full((self.channels,), nearest, device=device)
         sizes = torch.tensor(segments, dtype=torch.int64)
-        self.segment_of = torch.repeat_interleave(sizes).to(self.scale.device) if segments else None
+        self.segment_of = torch.repeat_interleave(sizes).to(device) if segments else None
 
     def scale_of(self, index: Tensor) -> Tensor:
         """Return the scales that `index` (*, channels) names, of the scale shape each."""
@@ -103,18 +108,19 @@ class UniformCandidates(Candidates):
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """Round to the scaled grids, to the bits that `fake_quantize` gives."""
-        q, scale = self.quantizer, self.scale_of(index)
-        scale = scale.flatten().view(len(index), *self._spread(self.scale, x))
-        steps = x.mul(1.0 / scale).round_()
+        scale = self.scale_of(index).view(len(index), *self._spread(x))
+        q = self.quantizer
+        zero: Any = self.zero
         if q.symmetric:
-            return steps.clamp_(q.qmin, q.qmax).mul_(scale)
-        zero = self.zero_point.view(self._spread(self.zero_point, x))
-        return steps.clamp_(q.qmin - zero, q.qmax - zero).mul_(scale)
+            zero = 0
+        elif zero is None:
+            zero = self.zero_point.view(self._spread(x))
+        return x.mul(1.0 / scale).round_().clamp_(q.qmin - zero, q.qmax - zero).mul_(scale)
 
-    def _spread(self, values: Tensor, x: Tensor) -> list[int]:
+    def _spread(self, x: Tensor) -> list[int]:
         """Return the shape in which values of the scale shape meet `x`."""
         shape = [1] * x.dim()
-        if values.dim():
+        if self.scale.dim():
             shape[self.quantizer.granularity.axis] = -1  # type: ignore[union-attr]
         return shape
 
@@ -215,15 +221,17 @@ class CandidateGrid:
     powers_of_two: bool = False
     """Twin grids: the two steps differ by a power of two, so that integer hardware needs shifts only."""
 
-    def of(self, quantizer: Quantizer, low: Tensor, high: Tensor, segments: tuple[int, ...] = ()) -> Candidates:
+    def of(
+        self, quantizer: Quantizer, low: Tensor, high: Tensor, segments: tuple[int, ...] = (), *, device: torch.device
+    ) -> Candidates:
         """Return the candidates for a quantizer whose operand spans [low, high]; see `UniformCandidates`."""
         multipliers = linear_multipliers(self.count, self.low, self.high)
         if isinstance(quantizer, UniformQuantizer) and isinstance(quantizer.granularity, PerTensor | PerChannel):
-            return UniformCandidates(quantizer, low, high, multipliers, segments)
+            return UniformCandidates(quantizer, low, high, multipliers, segments, device=device)
         if isinstance(quantizer, TwinSoftmaxQuantizer):
-            return SoftmaxCandidates(quantizer, self.count, powers_of_two=self.powers_of_two, device=low.device)
+            return SoftmaxCandidates(quantizer, self.count, powers_of_two=self.powers_of_two, device=device)
         if isinstance(quantizer, TwinGeluQuantizer):
-            return GeluCandidates(quantizer, high, multipliers, powers_of_two=self.powers_of_two)
+            return GeluCandidates(quantizer, high.to(device), multipliers, powers_of_two=self.powers_of_two)
         if isinstance(quantizer, UniformQuantizer) and not isinstance(quantizer.granularity, PerToken):
-            quantizer.set_range(low, high)
-        return Fixed(quantizer, low.device)
+            quantizer.set_range(low.to(device), high.to(device))
+        return Fixed(quantizer, device)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -167,16 +167,17 @@ class LayerSearch:
             if isinstance(quantizer.granularity, PerTensor) and len(segments) > 1:
                 quantizer.granularity = PerChannel(0)  # the channels of one projection share a scale
                 low, high = (_shared(x, segments) for x in extrema(weight, quantizer.granularity))
-                found["weight"] = grid.of(quantizer, low[0], high[1], segments)
+                found["weight"] = grid.of(quantizer, low[0], high[1], segments, device=self.device)
             else:
-                found["weight"] = grid.of(quantizer, *extrema(weight, quantizer.granularity))
+                found["weight"] = grid.of(quantizer, *extrema(weight, quantizer.granularity), device=self.device)
         for i, name in enumerate(module.operands):
             operand = module.operand_quantizers.get(name)
             if operand is not None:
-                found[name] = grid.of(operand, *self._range(data, i))
+                found[name] = grid.of(operand, *self._range(data, i), device=self.device)
         return found
 
     def _range(self, data: list[Observations], operand: int) -> tuple[Tensor, Tensor]:
+        """Return minimum and maximum of an operand over all ranks, on the CPU."""
         own = [torch.stack(extrema(o.inputs[operand].float(), PerTensor())).cpu() for o in data if len(o.keys)]
         pieces = [piece for rank in gather(own) for piece in rank]
         if not pieces:
@@ -190,7 +191,7 @@ class LayerSearch:
                 f"layer {self.name} received NaN or Inf in calibration; check the calibration samples and the weights "
                 "in front of it"
             )
-        return low.min().to(self.device), high.max().to(self.device)
+        return low.min(), high.max()
 
     @property
     def _searched(self) -> list[str]:
@@ -238,24 +239,19 @@ class LayerSearch:
         Each operand alone, the other in float, tells where its valley is. The objective of a grid of the second one is
         the sum over channels of the minimum over the first one's grids.
         """
-        first, second = self.candidates[self.first], self.candidates[self.second]
-        f_all, s_all = (self._row(0, family.count - 1, _SPACING) for family in (first, second))
-        f_low, f_high = valley(self._table(data, f_all, None, step)[:, 0], _SLACK)
-        s_low, s_high = valley(self._table(data, None, s_all, step).sum(-1).T, _SLACK)
-        f_span, s_span = (int(f_all[f_low]), int(f_all[f_high])), (int(s_all[s_low]), int(s_all[s_high]))
-        f_gap, s_gap = (max(1, (high - low) // _LOOKS) for low, high in (f_span, s_span))
-        f_some, s_some = self._row(*f_span, f_gap), self._row(*s_span, s_gap)
+        f_all, s_all = (spaced(0, self.candidates[name].count - 1, _SPACING) for name in (self.first, self.second))
+        f_span = _between(f_all, valley(self._table(data, f_all, None, step)[:, 0], _SLACK))
+        s_span = _between(s_all, valley(self._table(data, None, s_all, step).sum(-1).T, _SLACK))
+        f_some, s_some = (spaced(*span, max(1, (span[1] - span[0]) // _LOOKS)) for span in (f_span, s_span))
         losses = self._table(data, f_some, s_some, step)
         paired = losses.amin(0).sum(-1)
         best = int(paired.argmin())
         self._choose(self.second, s_some[best])
-        s_low, s_high = valley(paired[:, None], _LITTLE)
-        s_span = int(s_some[s_low]), int(s_some[s_high])
+        s_span = _between(s_some, valley(paired[:, None], _LITTLE))
         if self.comparison.weight is None:
             partners = losses[:, best]
             self._choose(self.first, f_some[int(partners.argmin())])
-            f_low, f_high = valley(partners, _LITTLE)
-            f_span = int(f_some[f_low]), int(f_some[f_high])
+            f_span = _between(f_some, valley(partners, _LITTLE))
         return {self.first: f_span, self.second: s_span}
 
     def _settle_input(
@@ -266,46 +262,41 @@ class LayerSearch:
         What a weight that adapts to it makes good is known from every n-th channel, which stands for all; what it costs
         by itself, from all channels and more units.
         """
-        offers, partners = self._row(*spans[self.second], 1), self._row(*spans[self.first], 2)
+        offers, partners = spaced(*spans[self.second], 1), spaced(*spans[self.first], 2)
         adapted = self._table(rough, partners, offers, step).amin(0).sum(-1)
         alone = self._table(rough, None, offers, step)[0].sum(-1)
         exact = self._table(fine, None, offers, 1)[0].sum(-1)
         estimate = exact + (adapted - alone) * (exact.sum() / alone.sum())
-        self._choose(self.second, offers[estimate.argmin()])
+        self._choose(self.second, offers[int(estimate.argmin())])
 
     def _settle(self, data: list[Observations]) -> None:
         """Choose among the pairs around the chosen one."""
         near = [around(self.chosen[name][None], 2, self.candidates[name].count) for name in self._searched]
         losses = self.comparison.losses(data, *near)[..., 0]
-        best = losses.flatten().argmin()
-        for name, offers, place in zip(
-            self._searched, near, (best // losses.shape[1], best % losses.shape[1]), strict=True
-        ):
+        best = int(losses.argmin())
+        for name, offers, place in zip(self._searched, near, divmod(best, losses.shape[1]), strict=True):
             self.chosen[name] = offers[place]
 
     def _screen(self, name: str, span: tuple[int, int], rough: list[Observations], fine: list[Observations]) -> None:
         """Choose one operand's candidate, the other's as chosen: the best of a span on few units, then on more."""
-        offers = self._row(*span, 1)[:, None].expand(-1, self.candidates[name].channels)
+        offers = torch.arange(span[0], span[1] + 1, device=self.device)[:, None]
+        offers = offers.expand(-1, self.candidates[name].channels)
         offers = best_first(offers, self._losses(name, offers, rough))[:_FINALISTS]
         offers = torch.cat([self.chosen[name][None], offers])
         self.chosen[name] = best_first(offers, self._losses(name, offers, fine))[0]
 
-    def _row(self, low: int, high: int, gap: int) -> Tensor:
-        return torch.tensor(spaced(low, high, gap), device=self.device)
-
-    def _choose(self, name: str, candidate: Tensor) -> None:
+    def _choose(self, name: str, candidate: int) -> None:
         """Choose one candidate for all channels."""
-        self.chosen[name] = candidate.expand_as(self.chosen[name]).clone()
+        self.chosen[name] = torch.full_like(self.chosen[name], candidate)
 
-    def _table(self, data: list[Observations], first: Tensor | None, second: Tensor | None, step: int) -> Tensor:
-        """Return losses (A, B, channels) of candidates (A,) for all channels and (B,)."""
-        channels = self.candidates[self.first].every(step).channels if first is not None else 1
-        return self.comparison.losses(
-            data,
-            None if first is None else first[:, None].expand(-1, channels),
-            None if second is None else second[:, None],
-            step=step,
-        )
+    def _table(
+        self, data: list[Observations], first: Sequence[int] | None, second: Sequence[int] | None, step: int
+    ) -> Tensor:
+        """Return losses (A, B, channels), on the CPU, of candidates A for all channels and B; `None` is float."""
+        columns = [None if x is None else torch.tensor(x, device=self.device)[:, None] for x in (first, second)]
+        if columns[0] is not None:
+            columns[0] = columns[0].expand(-1, self.candidates[self.first].every(step).channels)
+        return self.comparison.losses(data, *columns, step=step).cpu()
 
     def _losses(self, name: str, offers: Tensor, data: list[Observations]) -> Tensor:
         """Return losses (A, channels) of one operand's offers, the other as chosen."""
@@ -350,6 +341,10 @@ class LayerSearch:
                     counts[1] += x.numel()
         clipped, elements = sum_over_ranks(counts).tolist()
         return clipped / elements if elements else 0.0
+
+
+def _between(candidates: Sequence[int], places: tuple[int, int]) -> tuple[int, int]:
+    return candidates[places[0]], candidates[places[1]]
 
 
 def _shared(values: Tensor, segments: tuple[int, ...]) -> Tensor:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from lit_clipq.calibration.collect import Observations, Rows, recording, without
 from lit_clipq.calibration.distributed import gather, rank, world_size
 from lit_clipq.calibration.emulation import emulated, rounded_weight
 from lit_clipq.calibration.engine import Calibration, Storage, one_of_each_kind, sample_counts, searched_layers
-from lit_clipq.calibration.layer_search import LayerSearch, SearchOptions
+from lit_clipq.calibration.layer_search import LayerResult, LayerSearch, SearchOptions
 from lit_clipq.calibration.objective import (
     back_propagate,
     check_gradients,
@@ -22,6 +23,7 @@ from lit_clipq.calibration.objective import (
 )
 from lit_clipq.calibration.probe import Probe, joined, probe
 from lit_clipq.calibration.start_tokens import keep_start_tokens
+from lit_clipq.calibration.streams import in_turn
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import coarse_to_fine
@@ -174,7 +176,7 @@ def _search_table(table: QEmbedding, options: SearchOptions) -> None:
     weight, quantizer = table.weight.detach(), table.weight_quantizer
     if quantizer is None:
         return
-    family = options.grid.of(quantizer, *extrema(weight, quantizer.granularity))
+    family = options.grid.of(quantizer, *extrema(weight, quantizer.granularity), device=weight.device)
 
     def error(index: Tensor) -> Tensor:
         return (family.apply(weight, index[None])[0] - weight).square_().sum(dim=1)
@@ -338,11 +340,14 @@ class _Run:
     def search_group(self, names: Sequence[str], cotangents: Cotangents | None) -> None:
         """Search layers that fit the memory limit together."""
         seen = self.collect(names, cotangents)
-        for name in names:
-            observations = seen.pop(name, [])
-            if self.recipe.sequential:
-                observations = self._behind_predecessors(name, observations)
-            self.search(name, observations)
+        if self.recipe.sequential:
+            for name in names:
+                self.keep(name, *self.search(name, self._behind_predecessors(name, seen.pop(name, []))))
+            return
+        jobs = [partial(self.search, name, seen.pop(name, [])) for name in names]
+        alone = world_size() > 1 or self.calibration.memory_limit_bytes is not None
+        for name, found in zip(names, in_turn(jobs, self.calibration.device, together=not alone), strict=True):
+            self.keep(name, *found)
 
     def _behind_predecessors(self, name: str, exact: list[Observations]) -> list[Observations]:
         """Return what a layer sees once the layers searched so far are quantized; gradients and targets stay exact."""
@@ -355,14 +360,21 @@ class _Run:
                 have.target = module.product(*(x.float() for x in want.inputs))
         return actual
 
-    def search(self, name: str, seen: list[Observations]) -> None:
-        """Search one layer's grids and keep its result."""
+    def search(self, name: str, seen: list[Observations]) -> tuple[LayerResult, Tensor | None]:
+        """Search one layer's grids; return how it went, and a new bias if biases are corrected."""
         module = self.calibration.modules[name]
         search = LayerSearch(module, seen, self.recipe.search, name=name, device=self.calibration.device)
         result = search.run()
-        if self.recipe.bias_correction and isinstance(module, QWeighted):
-            error = search.mean_error().to(module.weight)
-            self.biases[name] = -error if module.bias is None else module.bias.detach() - error
+        if not (self.recipe.bias_correction and isinstance(module, QWeighted)):
+            return result, None
+        error = search.mean_error().to(module.weight)
+        return result, -error if module.bias is None else module.bias.detach() - error
+
+    def keep(self, name: str, result: LayerResult, bias: Tensor | None) -> None:
+        """Keep what the search of a layer found, and tell that it is done."""
+        module = self.calibration.modules[name]
+        if bias is not None:
+            self.biases[name] = bias
         if self.recipe.sequential and isinstance(module, QWeighted):
             self.rounded[name] = rounded_weight(module), self.biases.get(name, module.bias)
         self.calibration.results[name] = result

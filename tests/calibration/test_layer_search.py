@@ -18,7 +18,7 @@ from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul
 from lit_clipq.nn.quantizer import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 
 COUNT = 25
-PLAIN = {"exhaustive": True, "grid": CandidateGrid(count=COUNT)}
+PLAIN = {"exhaustive": True, "factored": False, "grid": CandidateGrid(count=COUNT)}
 
 
 def generator(seed=0):
@@ -198,7 +198,9 @@ def test_the_search_comes_near_the_best_of_all_pairs_and_never_behind_the_start(
             losses.append(channels if first == "weight" else channels.sum(0, keepdim=True))
         everything.append(torch.stack(losses).amin(0).sum())
     best = torch.stack(everything).min().item()
-    result = LayerSearch(layer, observed(inputs, weight), SearchOptions(grid=CandidateGrid(count=COUNT))).run()
+    result = LayerSearch(
+        layer, observed(inputs, weight), SearchOptions(grid=CandidateGrid(count=COUNT), factored=False)
+    ).run()
     assert result.after <= before * (1 + 1e-6)
     assert best * (1 - 1e-4) <= result.after <= 1.15 * best  # of 25 x 25 pairs, most of which are left out
 
@@ -244,7 +246,7 @@ def test_quality_and_mean_error_are_those_of_the_frozen_layer():
     layer, inputs, weight = make_linear(4)
     with torch.no_grad():
         exact = layer(*inputs)
-    search = LayerSearch(layer, observed(inputs, weight, 2), SearchOptions())
+    search = LayerSearch(layer, observed(inputs, weight, 2), SearchOptions(factored=False))
     result, mean = search.run(), search.mean_error()
     layer.freeze()
     with torch.no_grad():
@@ -264,6 +266,27 @@ def test_a_channel_that_nothing_depends_on_keeps_its_min_max_grid():
         search = LayerSearch(layer, observed(inputs, weight), SearchOptions(**options))
         search.run()
         assert search.candidates["weight"].multipliers[search.chosen["weight"][2]] == 1
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_factored_weights_are_those_of_rows_times_those_of_channels(kind, parts):
+    layer, inputs, weight = MAKERS[kind](4)
+    search = LayerSearch(layer, observed(inputs, weight, parts), SearchOptions())
+    (seen,) = search.data
+    rows, channels = weight.mean(1, keepdim=True), weight.movedim(1, -1).flatten(0, -2).mean(0)
+    expected = rows * channels.view(-1, *[1] * (weight.dim() - 2)) / weight.mean()
+    torch.testing.assert_close(seen.weight * search.unit, expected, rtol=1e-5, atol=0)  # float32 sums
+    result = search.run()
+    other, _, _ = MAKERS[kind](4)
+    plain = LayerSearch(other, observed(inputs, expected), SearchOptions(factored=False)).run()
+    assert result.after == pytest.approx(plain.after, rel=1e-4)
+
+
+def test_products_of_activations_keep_a_weight_for_each_element():
+    layer, inputs, weight = make_matmul(4)
+    search = LayerSearch(layer, observed(inputs, weight), SearchOptions())
+    torch.testing.assert_close(search.data[0].weight * search.unit, weight, rtol=1e-6, atol=0)
 
 
 def test_units_without_influence_count_for_the_range_only():
@@ -330,7 +353,7 @@ def test_a_convolution_searched_by_patches_finds_what_a_linear_layer_does():
     x = torch.randn(40, 3, 16, 16, generator=generator())
     weight = torch.rand(40, 8, 4, 4, generator=generator(1)) ** 3
     layer = QConv2d(conv, weight_grid(4), UniformQuantizer(4, symmetric=False))
-    by_patches = LayerSearch(layer, observed((x,), weight), SearchOptions()).run()
+    by_patches = LayerSearch(layer, observed((x,), weight), SearchOptions(factored=False)).run()
     again = QConv2d(conv, weight_grid(4), UniformQuantizer(4, symmetric=False))
     in_full = LayerSearch(again, observed((x,), weight), SearchOptions(**{**PLAIN, "grid": CandidateGrid()})).run()
     assert by_patches.after < 1.01 * in_full.after
