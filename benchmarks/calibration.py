@@ -330,10 +330,8 @@ def calibrate_whole(
         if device != "cpu":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        search = sum(result.seconds for result in report.layers.values())
         print(
-            f"  limit {limit or 'none'}: {len(report.layers)} layers in {report.passes} passes, {seconds:.1f} s: "
-            f"search {search:.1f} s, passes and the rest {seconds - search:.1f} s; "
+            f"  limit {limit or 'none'}: {len(report.layers)} layers in {report.passes} passes, {seconds:.1f} s; "
             f"peak {_peak_bytes(device) / 1e9:.2f} GB ({before / 1e9:.2f} GB before), "
             f"predicted beside the model {report.memory_bytes / 1e9:.2f} GB",
             flush=True,

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-_THREADS = 3
+_THREADS = 2
 
 
 def in_turn(jobs: Sequence[Callable[[], T]], device: torch.device, *, together: bool) -> Iterator[T]:

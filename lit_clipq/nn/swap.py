@@ -139,23 +139,20 @@ def swap(
 
     A layer that sits in several places is replaced in all of them by one Q-module.
     """
-    swapped: dict[str, QModule] = {}
-    for layer in layers:
-        swapped[layer.name] = build(layer)
-        _replace(roots, layer.module, swapped[layer.name])
+    layers = list(layers)
+    swapped = {layer.name: build(layer) for layer in layers}
+    _replace(roots, {layer.module: swapped[layer.name] for layer in layers})
     return swapped
 
 
 def unswap(roots: Mapping[str, nn.Module], layers: Iterable[Layer], swapped: Mapping[str, QModule]) -> None:
     """Undo `swap`: put the float layers back."""
-    for layer in layers:
-        if layer.name in swapped:
-            _replace(roots, swapped[layer.name], layer.module)
+    _replace(roots, {swapped[layer.name]: layer.module for layer in layers if layer.name in swapped})
 
 
-def _replace(roots: Mapping[str, nn.Module], old: nn.Module, new: nn.Module) -> None:
+def _replace(roots: Mapping[str, nn.Module], new: Mapping[nn.Module, nn.Module]) -> None:
     for root in roots.values():
         for parent in list(root.modules()):
-            for key, child in list(parent._modules.items()):
-                if child is old:
-                    parent._modules[key] = new
+            for key, child in parent._modules.items():
+                if child in new:
+                    parent._modules[key] = new[child]
