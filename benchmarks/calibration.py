@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -231,10 +232,13 @@ def plain(block: Block, name: str, module: QModule, bits: int) -> PlainLayer:
 
 
 def plain_layer(name: str, seen: Observations, weight: Tensor | None, bits: int) -> PlainLayer:
-    """Take a layer's observations over."""
+    """Take a layer's observations over; the squared gradients of one with a weight are factored, as in our search."""
+    squares = cast(Tensor, seen.weight)
+    if weight is not None:
+        squares = squares.mean(1, keepdim=True) * squares.mean(0) / squares.mean()
     target = seen.inputs[0] @ seen.inputs[1] if weight is None else F.linear(seen.inputs[0], weight)
     kind = name.rpartition(".")[2]
-    return PlainLayer(kind, bits, seen.inputs, seen.weight, weight, target)  # type: ignore[arg-type]
+    return PlainLayer(kind, bits, seen.inputs, squares, weight, target)
 
 
 def grids_of(module: QModule) -> dict[str, tuple[Tensor, ...]]:

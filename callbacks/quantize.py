@@ -161,8 +161,8 @@ class Quantize(pl.Callback):
             weights_are_final: Whether no checkpoint is going to replace the weights.
 
         Raises:
-            ConfigError: For a folder that cannot be written, a task whose model cannot be rebuilt, a network beside CLIP
-                that would be quantized and not saved, or weights that the Trainer holds in half precision.
+            ConfigError: For weights that the Trainer holds in half precision, a folder that cannot be written, a task
+                whose model cannot be rebuilt, or a network beside CLIP that would be quantized and not saved.
             ModelError: For a damaged artefact, or one of another model.
         """
         precision = str(trainer.precision)

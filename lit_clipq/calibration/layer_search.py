@@ -21,11 +21,11 @@ from lit_clipq.functional.search import around, best_first, spaced, valley
 from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
 
 _CHANNELS = 192  # of a weight, evenly spread, that stand for all in the first tables
-_SPACING = 4  # of the candidates in them
+_SPACING = 8  # of the candidates in them
 _SLACK = 1.5  # times the lowest loss: what may still hold the best candidate
 _LITTLE = 1.05  # times the lowest loss of a pair: what of the second operand may still hold the best
 _LOOKS = 10  # candidates of each operand in the table of both
-_FINALISTS = 6  # candidates that are compared on more data
+_FINALISTS = 5  # candidates that are compared on more data
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,20 @@ class LayerSearch:
     @torch.no_grad()
     def run(self) -> LayerResult:
         """Search, give the quantizers their parameters, and say how it went."""
-        before, _, costs = self._assess()
+        before, costs = self._assess()
         start = dict(self.chosen)
         if self.options.exhaustive:
             self._alternate(rounds=3)
         elif self._searched:
             self._narrow(Draw(self.data, costs, self.device, self._convolution))
-        after, sqnr_db, _ = self._assess()
+        noise = torch.zeros(2, dtype=torch.float64, device=self.device)
+        after, _ = self._assess(noise)
         if after > before:  # what is best on a sample may be worse on everything
             self.chosen = start
             self._alternate(rounds=1, reach=3)
-            after, sqnr_db, _ = self._assess()
+            after, _ = self._assess(noise.zero_())
+        signal, error = sum_over_ranks(noise).clamp(min=1e-300).tolist()
+        sqnr_db = 10 * math.log10(signal / error)
         for name, family in self.candidates.items():
             family.commit(self.chosen[name])
         seconds = time.perf_counter() - self.started
@@ -230,7 +233,7 @@ class LayerSearch:
             rows = all(map(self.comparison.by_rows, rough))
             step = max(1, self.candidates[self.first].channels // _CHANNELS) if rows else 1
             spans = self._meet(coarse, step)
-            self._settle_input(spans, rough, fine, step)
+            self._settle_input(spans, rough, step)
             self._screen(self.first, spans[self.first], rough, fine)
 
     def _meet(self, data: list[Observations], step: int) -> dict[str, tuple[int, int]]:
@@ -248,24 +251,22 @@ class LayerSearch:
         best = int(paired.argmin())
         self._choose(self.second, s_some[best])
         s_span = _between(s_some, valley(paired[:, None], _LITTLE))
+        partners = losses[:, best]
         if self.comparison.weight is None:
-            partners = losses[:, best]
             self._choose(self.first, f_some[int(partners.argmin())])
-            f_span = _between(f_some, valley(partners, _LITTLE))
+        f_span = _between(f_some, valley(partners, _LITTLE if self.comparison.weight is None else _SLACK))
         return {self.first: f_span, self.second: s_span}
 
-    def _settle_input(
-        self, spans: dict[str, tuple[int, int]], rough: list[Observations], fine: list[Observations], step: int
-    ) -> None:
+    def _settle_input(self, spans: dict[str, tuple[int, int]], data: list[Observations], step: int) -> None:
         """Choose the grid of a layer's input.
 
         What a weight that adapts to it makes good is known from every n-th channel, which stands for all; what it costs
-        by itself, from all channels and more units.
+        by itself, from all of them.
         """
         offers, partners = spaced(*spans[self.second], 1), spaced(*spans[self.first], 2)
-        adapted = self._table(rough, partners, offers, step).amin(0).sum(-1)
-        alone = self._table(rough, None, offers, step)[0].sum(-1)
-        exact = self._table(fine, None, offers, 1)[0].sum(-1)
+        adapted = self._table(data, partners, offers, step).amin(0).sum(-1)
+        alone = self._table(data, None, offers, step)[0].sum(-1)
+        exact = self._table(data, None, offers, 1)[0].sum(-1)
         estimate = exact + (adapted - alone) * (exact.sum() / alone.sum())
         self._choose(self.second, offers[int(estimate.argmin())])
 
@@ -304,16 +305,20 @@ class LayerSearch:
         losses = self.comparison.losses(data, *pair, per_channel=name == self.first)
         return losses[:, 0] if name == self.first else losses[0]
 
-    def _assess(self) -> tuple[float, float, list[Tensor]]:
-        """Return (objective, SQNR in dB) of the chosen grids over all ranks, and what each unit of this rank costs."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # signal, noise
+    def _assess(self, noise: Tensor | None = None) -> tuple[float, list[Tensor]]:
+        """Return the objective of the chosen grids over all ranks, and what each unit of this rank costs.
+
+        Args:
+            noise: Squared norms of signal and error of this rank are added to it, float64 (2,).
+        """
         total: Tensor | float = 0.0
         costs: list[list[Tensor]] = [[] for _ in self.data]
         for number, part, output in self.comparison.outputs(self.data, *self._pick()):
             o = self.data[number].select(part)
             target = cast(Tensor, o.target)
-            sums[0] += torch.linalg.vector_norm(target).double() ** 2
-            sums[1] += torch.dist(output, target).double() ** 2
+            if noise is not None:
+                noise[0] += torch.linalg.vector_norm(target).double() ** 2
+                noise[1] += torch.dist(output, target).double() ** 2
             total = total + distance_sums(
                 output, target, o.weight, self.options.distance, axis=channel_axis(target), per_channel=False
             )
@@ -324,9 +329,8 @@ class LayerSearch:
                 costs[number].append(output.sum(1).flatten(1))
             else:
                 costs[number].append(output.flatten(1).sum(1))
-        signal, noise = sum_over_ranks(sums).tolist()
         objective = distance_from_sums(sum_over_ranks(cast(Tensor, total)), self.options.distance).item()
-        return objective, 10 * math.log10(max(signal, 1e-300) / max(noise, 1e-300)), [torch.cat(c) for c in costs]
+        return objective, [torch.cat(c) for c in costs]
 
     def _clipped(self) -> float:
         """Return the share of operand elements outside of their grids, over all ranks."""
