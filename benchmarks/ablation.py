@@ -33,6 +33,8 @@ VARIANTS = {
     "steps that are powers of two apart": ["--quantize.options.search.grid.powers_of_two=true"],
     "Fisher of the image-text softmax": ["--quantize.options.objective=fisher"],
     "reference weighting": ["--quantize.options.objective=fisher"],
+    "squared gradients element by element": ["--quantize.options.search.factored=false"],
+    "four draws a sample": ["--quantize.options.draws=4"],
     "no weighting (L2)": ["--quantize.options.search.distance=l2"],
     "cosine": ["--quantize.options.search.distance=cosine"],
     "L1": ["--quantize.options.search.distance=l1"],
@@ -42,6 +44,7 @@ VARIANTS = {
     "bias correction": ["--quantize.options.bias_correction=true"],
     "a scale a tensor": ["--quantize.options.per_channel=false"],
     "observations stored in bfloat16": ["--quantize.options.store_bfloat16=true"],
+    "half of the tokens": ["--quantize.options.token_share=0.5"],
 }
 REFERENCE = "reference weighting"
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.errors import CalibrationError
-from lit_clipq.nn.modules import QConv2d, QMatMul, QModule
+from lit_clipq.functional.granularity import PerTensor, extrema
+from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul, QModule
 
 _PLACES = 2**24  # more than a sample has units
 
@@ -28,12 +29,14 @@ class Observations:
         keys: Global number of each unit, int64.
         weight: Squared output gradients, shape of the product; `None` where none were collected.
         target: What the product should be, if not the float product of `inputs`.
+        ranges: Minimum and maximum of each operand (operands, 2), where units were left out that count for them.
     """
 
     inputs: tuple[Tensor, ...]
     keys: Tensor
     weight: Tensor | None = None
     target: Tensor | None = None
+    ranges: Tensor | None = None
 
     def select(self, chosen: Tensor | slice) -> "Observations":
         """Return the units in a slice, or where a boolean (N,) holds."""
@@ -42,7 +45,14 @@ class Observations:
             self.keys[chosen],
             None if self.weight is None else self.weight[chosen],
             None if self.target is None else self.target[chosen],
+            self.ranges,
         )
+
+    def range_of(self, operand: int) -> Tensor:
+        """Return minimum and maximum of an operand, float32 (2,)."""
+        if self.ranges is not None:
+            return self.ranges[operand]
+        return torch.stack(extrema(self.inputs[operand].float(), PerTensor()))
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +92,7 @@ class Recorder:
         seen: What each layer saw, one entry a call.
         text: Names of the layers whose rows are positions of a text.
         averages: Names of the products of attention weights and values.
+        token_share: Share of the rows of linear layers that is kept, drawn by their keys.
     """
 
     dtype: torch.dtype | None
@@ -90,6 +101,7 @@ class Recorder:
     seen: dict[str, list[Observations]] = field(default_factory=dict)
     text: frozenset[str] = frozenset()
     averages: frozenset[str] = frozenset()
+    token_share: float = 1.0
     _open: list["_Open"] = field(default_factory=list)
 
     def watch(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
@@ -97,7 +109,13 @@ class Recorder:
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             unit = _Units(module, self.rows, name in self.text, name in self.averages)
-            record = Observations(tuple(self._store(x) for x in unit.operands(inputs)), unit.keys(output))
+            operands, keys = unit.operands(inputs), unit.keys(output)
+            ranges = None
+            if self.token_share < 1 and isinstance(module, QLinear) and len(keys):
+                ranges = torch.stack([torch.stack(extrema(x.detach().float(), PerTensor())) for x in operands])
+                unit.drawn = hashed(keys).double() / 2**31 < self.token_share
+                operands, keys = tuple(x[unit.drawn] for x in operands), keys[unit.drawn]
+            record = Observations(tuple(self._store(x) for x in operands), keys, ranges=ranges)
             self.seen.setdefault(name, []).append(record)
             zeros = output.detach().new_zeros(()).expand(output.shape)
             self._open.append(_Open(name, record, tuple(x._version for x in record.inputs), unit, zeros))
@@ -155,6 +173,7 @@ def recording(
     averages: frozenset[str] = frozenset(),
     gradients: bool = True,
     dtype: torch.dtype | None = None,
+    token_share: float = 1.0,
 ) -> Iterator[Recorder]:
     """Record the given layers while the context is open; the hooks are removed however it ends.
 
@@ -165,8 +184,9 @@ def recording(
         gradients: Whether a backward pass follows; then the outputs are made to track gradients although no parameter
             does.
         dtype: Type to store in, for example bfloat16; by default that of the values.
+        token_share: Share of the rows of linear layers that is kept; their ranges still count all.
     """
-    recorder = Recorder(dtype, gradients, text=text, averages=averages)
+    recorder = Recorder(dtype, gradients, text=text, averages=averages, token_share=token_share)
     with ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(recorder.watch(name)).remove)
@@ -203,12 +223,13 @@ def valid_operands(module: QModule, inputs: tuple[Tensor, ...], rows: Rows, *, a
 
 @dataclass
 class _Units:
-    """How the tensors of one call are cut into units, and which of them are valid."""
+    """How the tensors of one call are cut into units, which of them are valid, and which of its rows are kept."""
 
     module: nn.Module
     rows: Rows
     text: bool
     averages: bool
+    drawn: Tensor | None = None
 
     def operands(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if isinstance(self.module, QMatMul):
@@ -226,7 +247,10 @@ class _Units:
             if self._masked(gradient) and self.rows.drop_start and not self.averages:
                 gradient = gradient[..., 1:]  # scores: the column of the start token is exact
             return gradient.reshape(-1, *gradient.shape[-2:])
-        return gradient if isinstance(self.module, QConv2d) else self._linear_rows(gradient)
+        if isinstance(self.module, QConv2d):
+            return gradient
+        rows = self._linear_rows(gradient)
+        return rows if self.drawn is None else rows[self.drawn]
 
     def keys(self, output: Tensor) -> Tensor:
         """Number the units of the output: sample number times a constant, plus the place within the sample."""
@@ -271,6 +295,14 @@ class _Units:
             return (a[..., 1:], b[..., 1:, :]) if self.rows.drop_start else (a, b)
         b = b * valid.transpose(-2, -1)
         return (a, b[..., 1:]) if self.rows.drop_start else (a, b)
+
+
+def hashed(keys: Tensor) -> Tensor:
+    """Mix the bits of int64 keys to 0 .. 2^31 - 1; neighbours become unrelated."""
+    mixed = (keys * 0x9E3779B1) & 0x7FFFFFFFFFFF
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA6B
+    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
+    return (mixed ^ (mixed >> 16)) & 0x7FFFFFFF
 
 
 def _numbered(lead: torch.Size, rows: Rows, device: torch.device) -> Tensor:

@@ -75,6 +75,8 @@ class Comparison:
             device=self.device,
         )
         for o in data:
+            if not len(o.keys):
+                continue
             for a, b, found in self._sums(o, first, second, per_channel, step):
                 sums[a, b] += found.to(self.device)
         family = self._family(0, step)

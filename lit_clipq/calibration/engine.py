@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class Storage:
     """Size of an element: 4 in float32, 2 in bfloat16."""
     gradients: bool = True
     """Whether squared output gradients are kept beside the operands."""
+    token_share: float = 1.0
+    """Share of the rows of linear layers that is kept."""
 
 
 @dataclass
@@ -79,12 +82,20 @@ class Calibration:
         elements = self.cost.input_elements.get(name, 0.0)
         if storage.gradients:
             elements += self.cost.output_elements.get(name, 0.0)
-        return int(elements * self.samples * storage.element_bytes)
+        return int(elements * self.samples * storage.element_bytes * self._share(name, storage))
 
-    def workspace_bytes(self, name: str) -> int:
+    def workspace_bytes(self, name: str, storage: Storage) -> int:
         """Predict the bytes that the search of a layer needs on top: rounded operands, targets, candidates' outputs."""
         elements = self.cost.input_elements.get(name, 0.0) + self.cost.output_elements.get(name, 0.0)
-        return int(_WORKING_COPIES * elements * self.samples * _FLOAT_BYTES)
+        return int(_WORKING_COPIES * elements * self.samples * _FLOAT_BYTES * self._share(name, storage))
+
+    def _share(self, name: str, storage: Storage) -> float:
+        """Return the share of a layer's units that is kept."""
+        return storage.token_share if name in self._linear else 1.0
+
+    @cached_property
+    def _linear(self) -> frozenset[str]:
+        return frozenset(layer.name for layer in self.layers if layer.kind.name == "linear")
 
     def groups(self, storage: Storage | None = None) -> list[list[str]]:
         """Split the layers that the plan quantizes into as few passes as the memory limit allows, in order.
@@ -112,8 +123,9 @@ class Calibration:
 
     def group_bytes(self, group: Sequence[str], storage: Storage | None = None) -> int:
         """Predict the bytes that a pass over the given layers and their search need."""
-        stored = sum(self.stored_bytes(name, storage or Storage()) for name in group)
-        return stored + max((self.workspace_bytes(name) for name in group), default=0)
+        storage = storage or Storage()
+        stored = sum(self.stored_bytes(name, storage) for name in group)
+        return stored + max((self.workspace_bytes(name, storage) for name in group), default=0)
 
 
 def sample_counts(batch: Any) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from lit_clipq.calibration.collect import Observations
 from lit_clipq.calibration.comparison import Comparison, channel_axis
 from lit_clipq.calibration.distributed import gather, sum_over_ranks
 from lit_clipq.calibration.units import Draw, factor_weights, joined, with_influence
-from lit_clipq.errors import CalibrationError
+from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import around, best_first, spaced, valley
@@ -22,10 +22,10 @@ from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
 
 _CHANNELS = 192  # of a weight, evenly spread, that stand for all in the first tables
 _SPACING = 8  # of the candidates in them
-_SLACK = 1.5  # times the lowest loss: what may still hold the best candidate
+_SLACK = 1.4  # times the lowest loss: what may still hold the best candidate
 _LITTLE = 1.05  # times the lowest loss of a pair: what of the second operand may still hold the best
 _LOOKS = 10  # candidates of each operand in the table of both
-_FINALISTS = 5  # candidates that are compared on more data
+_FINALISTS = 4  # candidates that are compared on more data
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,14 @@ class SearchOptions:
     exhaustive: bool = False
     """Whether every candidate of one operand after the other is compared on all data, three times over, beginning from
     min-max: the procedure of PTQ4ViT."""
-    errors: tuple[float, float, float] = (0.1, 0.04, 0.02)
+    errors: tuple[float, float, float] = (0.1, 0.05, 0.025)
     """Relative standard errors of the objectives that say where to look, that give most candidates up, and that compare
     the last ones: each is computed on as few units as it allows."""
+
+    def __post_init__(self) -> None:
+        if len(self.errors) != 3 or not all(isinstance(e, int | float) and e >= 0 for e in self.errors):
+            raise ConfigError(f"errors must be three numbers of at least 0, got {self.errors}")
+        object.__setattr__(self, "errors", tuple(float(e) for e in self.errors))
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ class LayerSearch:
 
     def _range(self, data: list[Observations], operand: int) -> tuple[Tensor, Tensor]:
         """Return minimum and maximum of an operand over all ranks, on the CPU."""
-        own = [torch.stack(extrema(o.inputs[operand].float(), PerTensor())).cpu() for o in data if len(o.keys)]
+        own = [o.range_of(operand).cpu() for o in data if len(o.keys) or o.ranges is not None]
         pieces = [piece for rank in gather(own) for piece in rank]
         if not pieces:
             raise CalibrationError(
@@ -271,12 +276,14 @@ class LayerSearch:
         self._choose(self.second, offers[int(estimate.argmin())])
 
     def _settle(self, data: list[Observations]) -> None:
-        """Choose among the pairs around the chosen one."""
+        """Choose among the pairs around the chosen one: the best on drawn units, then on all of them."""
         near = [around(self.chosen[name][None], 2, self.candidates[name].count) for name in self._searched]
         losses = self.comparison.losses(data, *near)[..., 0]
-        best = int(losses.argmin())
-        for name, offers, place in zip(self._searched, near, divmod(best, losses.shape[1]), strict=True):
-            self.chosen[name] = offers[place]
+        pairs = losses.flatten().argsort(stable=True)[:_FINALISTS]
+        firsts, seconds = near[0][pairs // losses.shape[1]], near[1][pairs % losses.shape[1]]
+        exact = [self.comparison.losses(self.data, f[None], s[None]) for f, s in zip(firsts, seconds, strict=True)]
+        best = torch.cat(exact).flatten().argmin()
+        self.chosen = {self.first: firsts[best], self.second: seconds[best]}
 
     def _screen(self, name: str, span: tuple[int, int], rough: list[Observations], fine: list[Observations]) -> None:
         """Choose one operand's candidate, the other's as chosen: the best of a span on few units, then on more."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_clipq.calibration.collect import Observations
+from lit_clipq.calibration.collect import Observations, hashed
 from lit_clipq.calibration.distributed import sum_over_ranks
 
 _FEWEST_UNITS, _FEWEST_ELEMENTS = 24, 2**14  # of the output: what a comparison should see at least
@@ -41,6 +41,10 @@ def _join(group: list[Observations]) -> Observations:
         parts = [getattr(o, name) for o in group]
         if all(part is not None for part in parts):
             columns[name] = torch.cat(parts)
+    ranges = [o.ranges for o in group if o.ranges is not None]
+    if ranges:
+        low, high = torch.stack(ranges).unbind(-1)
+        columns["ranges"] = torch.stack([low.amin(0), high.amax(0)], dim=-1)
     return Observations(inputs, **columns)
 
 
@@ -135,7 +139,7 @@ class Draw:
     def _draw(self, o: Observations, cost: Tensor, rate: float) -> Observations:
         keys = o.keys if cost.dim() == 1 else o.keys[:, None] * _ROWS + torch.arange(cost.shape[1], device=cost.device)
         chance = _chance(self._relative(o, cost), rate)
-        chosen = _hashed(keys).double() / 2**31 < chance
+        chosen = hashed(keys).double() / 2**31 < chance
         if cost.dim() == 1:
             drawn, weights = o.select(chosen), 1 / chance[chosen]
         elif self.convolution is not None:
@@ -193,11 +197,3 @@ def _chance(relative: Tensor, rate: "float | Tensor") -> Tensor:
 def _known(target: Tensor | None) -> Tensor:
     assert target is not None  # noqa: S101 - the search fills targets in before it draws
     return target
-
-
-def _hashed(keys: Tensor) -> Tensor:
-    """Mix the bits of int64 keys to 0 .. 2^31 - 1; neighbours become unrelated."""
-    mixed = (keys * 0x9E3779B1) & 0x7FFFFFFFFFFF
-    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA6B
-    mixed = (mixed ^ (mixed >> 13)) * 0xC2B2AE35
-    return (mixed ^ (mixed >> 16)) & 0x7FFFFFFF

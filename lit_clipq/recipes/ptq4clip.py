@@ -24,7 +24,7 @@ from lit_clipq.calibration.objective import (
 from lit_clipq.calibration.probe import Probe, joined, probe
 from lit_clipq.calibration.start_tokens import keep_start_tokens
 from lit_clipq.calibration.streams import in_turn
-from lit_clipq.errors import CalibrationError
+from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import coarse_to_fine
 from lit_clipq.nn.embedding import QEmbedding
@@ -68,10 +68,18 @@ class PTQ4CLIP(Recipe):
     """Whether the mean error of each output channel, with float inputs in front, is taken off the bias."""
     store_bfloat16: bool = False
     """Whether operands and gradients are stored in bfloat16."""
+    token_share: float = 1.0
+    """Share of the rows (tokens) of linear layers that is stored and searched; their ranges still count all of them."""
     seed: int = 0
     """Of the draws in the objective."""
     search: SearchOptions = field(default_factory=SearchOptions)
     """How grids are searched."""
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ConfigError(f"draws must be at least 1, got {self.draws}")
+        if not 0 < self.token_share <= 1:
+            raise ConfigError(f"token_share must be above 0 and at most 1, got {self.token_share}")
 
     def footprint(self, calibration: Calibration) -> tuple[int, int]:
         """Predict (bytes of operands, gradients and search workspace, passes over the calibration set).
@@ -87,7 +95,8 @@ class PTQ4CLIP(Recipe):
     @property
     def storage(self) -> Storage:
         """How observations are kept."""
-        return Storage(2 if self.store_bfloat16 else 4, gradients=self.search.distance == "hessian")
+        width = 2 if self.store_bfloat16 else 4
+        return Storage(width, gradients=self.search.distance == "hessian", token_share=self.token_share)
 
 
 @dataclass(frozen=True)
@@ -319,6 +328,7 @@ class _Run:
                 averages=self.averages,
                 gradients=cotangents is not None,
                 dtype=torch.bfloat16 if self.recipe.store_bfloat16 else None,
+                token_share=self.recipe.token_share,
             ) as recorder,
             measuring_texts(self.calibration, lambda: recorder.rows, end_token=self.recipe.end_token),
             torch.set_grad_enabled(cotangents is not None),

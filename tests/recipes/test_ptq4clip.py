@@ -180,3 +180,28 @@ def test_options_from_the_command_line_are_checked():
         make_recipe("ptq4clip", softmax_grid="triple")
     with pytest.raises(ConfigError, match="has no option speed"):
         make_recipe("ptq4clip", search={"speed": 1})
+
+
+def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip, batch):
+    whole, full = quantized(clip, batch, PTQ4CLIP(bits=bits(4)))
+    part, report = quantized(clip, batch, PTQ4CLIP(bits=bits(4), token_share=0.5))
+    assert report.memory_bytes < full.memory_bytes
+    assert set(report.layers) == set(full.layers)
+    zero_points = [name for name in whole.state_dict() if name.endswith("input.zero_point")]
+    assert zero_points
+    assert all(torch.equal(whole.state_dict()[name], part.state_dict()[name]) for name in zero_points)
+    assert all(result.after <= result.before for result in report.layers.values())
+
+
+def test_several_draws_are_averaged(clip, batch):
+    one, several = (quantized(clip, batch, PTQ4CLIP(bits=bits(4), draws=n))[1].layers for n in (1, 4))
+    assert one.keys() == several.keys()
+    ratio = torch.tensor([several[name].before / one[name].before for name in one])
+    assert 0.5 < ratio.median() < 2  # a mean of squares, not a sum
+    assert not torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"draws": 0}, {"token_share": 0.0}, {"token_share": 1.5}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        make_recipe("ptq4clip", **options)

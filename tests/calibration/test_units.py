@@ -1,0 +1,114 @@
+"""Units drawn for a comparison: their sums are those of all units, on average and within the error asked for."""
+
+import pytest
+import torch
+from torch import nn
+
+from lit_clipq.calibration.collect import Observations
+from lit_clipq.calibration.units import Draw, joined
+
+CPU = torch.device("cpu")
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(count=4000, channels=32, heavy=20, seed=0):
+    """Rows of which a few cost a thousand times as much as the others."""
+    weight = torch.rand(count, channels, generator=generator(seed))
+    weight[:: count // heavy] *= 1000
+    inputs = torch.randn(count, 8, generator=generator(seed + 1))
+    keys = torch.arange(count) + seed * count
+    return Observations((inputs,), keys, weight, torch.zeros(count, channels))
+
+
+def drawn_from(o, cost, error):
+    draw = Draw([o], [cost], CPU)
+    return draw.about(error)[0]
+
+
+@pytest.mark.parametrize("error", [0.05, 0.02])
+def test_the_weighted_sum_has_the_error_asked_for(error):
+    found = []
+    for seed in range(40):
+        o = rows(channels=700, seed=seed)  # wide rows, so that few are enough
+        drawn = drawn_from(o, o.weight.sum(1), error)
+        assert len(drawn.keys) < len(o.keys)
+        found.append((drawn.weight.sum() / o.weight.sum() - 1).item())
+    spread = torch.tensor(found).square().mean().sqrt().item()
+    assert error / 4 < spread < 1.3 * error  # 40 draws tell a standard error to about a tenth
+    assert abs(sum(found) / len(found)) < error / 2
+
+
+def test_rows_that_cost_most_are_always_drawn():
+    o = rows()
+    drawn = drawn_from(o, o.weight.sum(1), 0.02)
+    heavy = o.keys[:: 4000 // 20]
+    assert bool(torch.isin(heavy, drawn.keys).all())
+
+
+def test_fewer_are_drawn_for_a_larger_error_and_all_for_none():
+    o = rows()
+    counts = [len(drawn_from(o, o.weight.sum(1), error).keys) for error in (0.2, 0.05, 0.02, 0.0)]
+    assert counts == sorted(counts)
+    assert counts[-1] == 4000
+
+
+def test_small_layers_are_taken_whole():
+    o = rows(count=20, channels=4, heavy=2)
+    assert len(drawn_from(o, o.weight.sum(1), 0.5).keys) == 20
+
+
+def test_what_is_drawn_does_not_depend_on_how_it_is_cut():
+    o = rows()
+    cost = o.weight.sum(1)
+    parts = [o.select(slice(0, 1500)), o.select(slice(1500, None))]
+    cut = Draw(parts, [cost[:1500], cost[1500:]], CPU).about(0.05)
+    assert torch.equal(torch.cat([p.keys for p in cut]), drawn_from(o, cost, 0.05).keys)
+
+
+def products(units=50, m=20, k=6, n=30):
+    a, b = torch.randn(units, m, k, generator=generator(0)), torch.randn(units, k, n, generator=generator(1))
+    weight = torch.rand(units, m, n, generator=generator(2))
+    weight[:, 0] *= 500  # the first query of each
+    return Observations((a, b), torch.arange(units), weight, a @ b)
+
+
+def test_rows_of_matrix_products_are_drawn_with_their_right_operand():
+    o = products()
+    drawn = drawn_from(o, o.weight.sum(2), 0.1)
+    left, right = drawn.inputs
+    assert left.shape[1] < 20
+    assert len(left) == len(right) == len(drawn.keys)
+    torch.testing.assert_close(left @ right, drawn.target)
+    assert (drawn.weight.sum() / o.weight.sum()).item() == pytest.approx(1, abs=0.3)
+
+
+def test_unequal_numbers_of_rows_are_filled_up_with_weight_0():
+    o = products()
+    drawn = drawn_from(o, o.weight.sum(2), 0.1)
+    counts = (drawn.weight.sum(2) > 0).sum(1)
+    assert counts.min() < counts.max() == drawn.weight.shape[1]
+
+
+def test_positions_of_a_convolution_are_drawn_as_rows():
+    conv = nn.Conv2d(2, 8, 3, padding=1, bias=False)
+    x = torch.randn(30, 2, 12, 12, generator=generator(0))
+    target = conv(x).detach()
+    weight = torch.rand(target.shape, generator=generator(1)) ** 4
+    o = Observations((x,), torch.arange(30) * 2**24, weight, target)
+    (drawn,) = Draw([o], [weight.sum(1).flatten(1)], CPU, conv).about(0.02)
+    assert drawn.inputs[0].shape[1:] == (18,)
+    assert len(drawn.keys) < 30 * 144
+    torch.testing.assert_close(drawn.inputs[0] @ conv.weight.detach().flatten(1).T, drawn.target, rtol=1e-4, atol=1e-5)
+    assert (drawn.weight.sum() / weight.sum()).item() == pytest.approx(1, abs=0.08)
+
+
+def test_ranges_of_left_out_rows_survive_joining():
+    first, second = (Observations((torch.zeros(2, 3),), torch.arange(2), ranges=r) for r in RANGES)
+    (whole,) = joined([first, second])
+    assert whole.ranges.tolist() == [[-5.0, 7.0]]
+
+
+RANGES = (torch.tensor([[-5.0, 1.0]]), torch.tensor([[-2.0, 7.0]]))
