@@ -16,3 +16,5 @@ bench:
 	python -m benchmarks.text_tower
 	python -m benchmarks.retrieval
 	python -m benchmarks.captioning
+	python -m benchmarks.calibration
+	python -m benchmarks.vqa

@@ -15,7 +15,7 @@ from lit_clipq.calibration.comparison import Comparison, channel_axis
 from lit_clipq.calibration.distributed import gather, sum_over_ranks
 from lit_clipq.calibration.units import Draw, factor_weights, joined, with_influence
 from lit_clipq.errors import CalibrationError, ConfigError
-from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums
+from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import around, best_first, spaced, valley
 from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
@@ -235,11 +235,19 @@ class LayerSearch:
                 self._screen(name, span, rough, fine)
             self._settle(fine)
         else:
-            rows = all(map(self.comparison.by_rows, rough))
-            step = max(1, self.candidates[self.first].channels // _CHANNELS) if rows else 1
+            whole_maps = isinstance(self.module, QConv2d) and not (
+                self._convolution and draw.thins(self.options.errors[1])
+            )
+            step = 1 if whole_maps else max(1, self.candidates[self.first].channels // _CHANNELS)
             spans = self._meet(coarse, step)
             self._settle_input(spans, rough, step)
             self._screen(self.first, spans[self.first], rough, fine)
+
+    def _by_rows(self, draw: Draw) -> bool:
+        """Tell, on every rank alike, whether what is drawn are rows, of which every n-th channel can be computed."""
+        if not isinstance(self.module, QConv2d):
+            return True
+        return self._convolution is not None and draw.thins(self.options.errors[1])
 
     def _meet(self, data: list[Observations], step: int) -> dict[str, tuple[int, int]]:
         """Choose the pair that is the best of a coarse table; return where to look on.
@@ -318,7 +326,8 @@ class LayerSearch:
         Args:
             noise: Squared norms of signal and error of this rank are added to it, float64 (2,).
         """
-        total: Tensor | float = 0.0
+        kinds = sums_of(self.options.distance, per_channel=False)
+        total = torch.zeros(kinds, 1, dtype=torch.float64, device=self.device)
         costs: list[list[Tensor]] = [[] for _ in self.data]
         for number, part, output in self.comparison.outputs(self.data, *self._pick()):
             o = self.data[number].select(part)
@@ -326,7 +335,7 @@ class LayerSearch:
             if noise is not None:
                 noise[0] += torch.linalg.vector_norm(target).double() ** 2
                 noise[1] += torch.dist(output, target).double() ** 2
-            total = total + distance_sums(
+            total += distance_sums(
                 output, target, o.weight, self.options.distance, axis=channel_axis(target), per_channel=False
             )
             # output holds the weighted errors now
@@ -336,7 +345,7 @@ class LayerSearch:
                 costs[number].append(output.sum(1).flatten(1))
             else:
                 costs[number].append(output.flatten(1).sum(1))
-        objective = distance_from_sums(sum_over_ranks(cast(Tensor, total)), self.options.distance).item()
+        objective = distance_from_sums(sum_over_ranks(total), self.options.distance).item()
         return objective, [torch.cat(c) for c in costs]
 
     def _clipped(self) -> float:

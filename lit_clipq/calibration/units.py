@@ -120,15 +120,23 @@ class Draw:
         errors = torch.where(enough, variance.sqrt() / max(units, 1), torch.inf)
         self._rates, self._errors = rates.tolist(), errors.tolist()
 
+    def thins(self, error: float) -> bool:
+        """Tell, on every rank alike, whether `about` leaves units out."""
+        step = self._step(error)
+        return step < _STEPS - 1 and self._errors[step] > 0
+
     def about(self, error: float) -> list[Observations]:
         """Return as many units as that relative standard error of their sum takes, or the data as they are."""
-        step = next((i for i, found in enumerate(self._errors) if found <= error), _STEPS - 1)
-        if self._errors[step] == 0 or step == _STEPS - 1:
+        if not self.thins(error):
             return list(self.data)
+        step = self._step(error)
         if step not in self._drawn:
             rate = self._rates[step]
             self._drawn[step] = [self._draw(o, c, rate) for o, c in zip(self.data, self.costs, strict=True)]
         return self._drawn[step]
+
+    def _step(self, error: float) -> int:
+        return next((i for i, found in enumerate(self._errors) if found <= error), _STEPS - 1)
 
     def _relative(self, o: Observations, cost: Tensor) -> Tensor:
         """Return costs in units of their mean over all ranks, 1 each without gradients, float64."""

@@ -154,5 +154,5 @@ def _replace(roots: Mapping[str, nn.Module], new: Mapping[nn.Module, nn.Module])
     for root in roots.values():
         for parent in list(root.modules()):
             for key, child in parent._modules.items():
-                if child in new:
+                if child is not None and child in new:
                     parent._modules[key] = new[child]

@@ -41,3 +41,17 @@ def test_two_processes_take_the_scales_of_one(name):
             assert after == pytest.approx(expected[layer][1], rel=1e-6)
     if name == "vanilla":
         assert not differing
+
+
+def calibrate_one_sided(rank: int, world_size: int, name: str) -> dict[str, torch.Tensor]:
+    """Only the first process has pictures."""
+    clip = load_clip(name, "mini")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) if rank == 0 else None
+    quantize(clip.model, [(images, clip.preprocessing.tokenizer(TEXTS[:3]))], RECIPES["gauss_newton"])
+    return clip.model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["mini-vit", "mini-resnet"])
+def test_a_process_that_reaches_no_picture_layer_takes_part(name):
+    first, second = run_processes(calibrate_one_sided, 2, name, world_size=2)
+    assert all(torch.equal(first[key], second[key]) for key in first)
