@@ -161,15 +161,15 @@ class Quantize(pl.Callback):
             weights_are_final: Whether no checkpoint is going to replace the weights.
 
         Raises:
-            ConfigError: For weights that the Trainer holds in half precision, a folder that cannot be written, a task
+            ConfigError: For weights that the Trainer does not hold in float32, a folder that cannot be written, a task
                 whose model cannot be rebuilt, or a network beside CLIP that would be quantized and not saved.
             ModelError: For a damaged artefact, or one of another model.
         """
         precision = str(trainer.precision)
-        if precision.endswith("-true") and not precision.startswith("32"):
+        if self.active and precision.endswith("-true") and not precision.startswith("32"):
             raise ConfigError(
                 f"quantization needs weights in float32, got --trainer.precision {precision}; leave it out, or take "
-                f"{precision.removesuffix('-true')}-mixed"
+                "bf16-mixed"
             )
         self._choose_roots(pl_module)
         self._check_kept(pl_module)

@@ -129,20 +129,24 @@ class Comparison:
         channels, most = len(weight), self._most(weight.device)
         grids = max(1, most // max(len(o.keys) * channels, weight.numel()))
         kept: tuple[slice, Tensor] | None = None
-        for part, units in _parts(o, channels, most):
+        moved = bias if self.distance != "cosine" else 0  # a difference does not change if both lose the bias
+        for part, units in _parts(o, max(weight.shape), most):
             del part
-            inputs = self._round(1, units.inputs[0], second)  # (B, S, in)
-            target = _thin(units.target, step) - bias
+            target = _thin(units.target, step) - moved
             squares = None if units.weight is None else _thin(units.weight, step)
+            held: tuple[slice, Tensor] | None = None
             for a in _slices(first, grids):
                 if kept is None or kept[0] != a:
                     kept = a, self._round(0, weight, None if first is None else first[a], step)  # (A, C, in)
                 count = len(kept[1])
-                some = max(1, most // (len(target) * channels * count))
+                some = max(1, most // (len(target) * max(channels * count, weight.shape[1])))
                 for b in _slices(second, some):
-                    x = inputs[b]
-                    product = x.flatten(0, 1) @ kept[1].flatten(0, 1).T  # (B S, A C)
-                    output = product.view(len(x), len(target), count, channels).permute(2, 0, 1, 3)
+                    if held is None or held[0] != b:
+                        held = b, self._round(1, units.inputs[0], None if second is None else second[b])  # (B, S, in)
+                    product = held[1].flatten(0, 1) @ kept[1].flatten(0, 1).T  # (B S, A C)
+                    output = product.view(-1, len(target), count, channels).permute(2, 0, 1, 3)
+                    if self.distance == "cosine":
+                        output = output + bias
                     yield a, b, self._compare(output, target, squares, per_channel)
 
     def _of_products(

@@ -50,6 +50,8 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if len(self.errors) != 3 or not all(isinstance(e, int | float) and e >= 0 for e in self.errors):
             raise ConfigError(f"errors must be three numbers of at least 0, got {self.errors}")
+        if list(self.errors) != sorted(self.errors, reverse=True):
+            raise ConfigError(f"errors must not grow from one to the next, got {self.errors}")
         object.__setattr__(self, "errors", tuple(float(e) for e in self.errors))
 
 
@@ -235,10 +237,7 @@ class LayerSearch:
                 self._screen(name, span, rough, fine)
             self._settle(fine)
         else:
-            whole_maps = isinstance(self.module, QConv2d) and not (
-                self._convolution and draw.thins(self.options.errors[1])
-            )
-            step = 1 if whole_maps else max(1, self.candidates[self.first].channels // _CHANNELS)
+            step = max(1, self.candidates[self.first].channels // _CHANNELS) if self._by_rows(draw) else 1
             spans = self._meet(coarse, step)
             self._settle_input(spans, rough, step)
             self._screen(self.first, spans[self.first], rough, fine)
@@ -285,7 +284,9 @@ class LayerSearch:
 
     def _settle(self, data: list[Observations]) -> None:
         """Choose among the pairs around the chosen one: the best on drawn units, then on all of them."""
-        near = [around(self.chosen[name][None], 2, self.candidates[name].count) for name in self._searched]
+        near = [
+            around(self.chosen[name][None], 2, self.candidates[name].count).unique(dim=0) for name in self._searched
+        ]
         losses = self.comparison.losses(data, *near)[..., 0]
         pairs = losses.flatten().argsort(stable=True)[:_FINALISTS]
         firsts, seconds = near[0][pairs // losses.shape[1]], near[1][pairs % losses.shape[1]]
@@ -338,7 +339,7 @@ class LayerSearch:
             total += distance_sums(
                 output, target, o.weight, self.options.distance, axis=channel_axis(target), per_channel=False
             )
-            # output holds the weighted errors now
+            # output holds the weighted errors now; of a cosine it does not, but units are drawn alike there
             if output.dim() == 3:
                 costs[number].append(output.sum(2))
             elif self._convolution is not None:

@@ -38,5 +38,5 @@ def in_turn(jobs: Sequence[Callable[[], T]], device: torch.device, *, together: 
 
 
 def _own_stream(device: torch.device) -> None:
-    """Give the calling thread a stream of its own; both end together."""
+    """Give the calling thread a stream of its own."""
     torch.cuda.set_stream(torch.cuda.Stream(device))

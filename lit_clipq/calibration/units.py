@@ -145,7 +145,11 @@ class Draw:
         return (cost.double() / self.mean_cost).clamp_(min=_FLOOR)
 
     def _draw(self, o: Observations, cost: Tensor, rate: float) -> Observations:
-        keys = o.keys if cost.dim() == 1 else o.keys[:, None] * _ROWS + torch.arange(cost.shape[1], device=cost.device)
+        if not len(o.keys):
+            return o
+        keys = hashed(o.keys)  # hashed once more below: a share of the tokens was drawn by this already
+        if cost.dim() == 2:
+            keys = keys[:, None] * _ROWS + torch.arange(cost.shape[1], device=cost.device)
         chance = _chance(self._relative(o, cost), rate)
         chosen = hashed(keys).double() / 2**31 < chance
         if cost.dim() == 1:

@@ -273,6 +273,7 @@ class _Run:
         gradients = self._fisher()
         return lambda outputs, rows: {
             name: torch.stack([gradients[name][number] for number in rows.samples.tolist()], dim=1).to(value)
+            / draws**0.5
             for name, value in outputs.items()
             if name in gradients
         }

@@ -91,3 +91,12 @@ def test_candidates_are_rounded_to_the_bits_of_the_frozen_layer():
             family.commit(one)
             quantizer = search.module.weight_quantizer if name == "weight" else search.module.input_quantizers[name]
             assert torch.equal(many[i], quantizer(x.detach()))
+
+
+def test_a_cosine_is_that_of_products_with_their_bias():
+    layer, inputs, weight = MAKERS["linear"](4)
+    layer.bias.data += 5
+    search = LayerSearch(layer, observed(inputs, weight), SearchOptions(distance="cosine"))
+    first, second = search._pick()
+    found = search.comparison.losses(search.data, first, second, per_channel=False).item()
+    assert found == pytest.approx(search._assess()[0], rel=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_clipq.calibration.collect import Observations
+from lit_clipq.calibration.collect import Observations, hashed
 from lit_clipq.calibration.units import Draw, joined
 
 CPU = torch.device("cpu")
@@ -112,3 +112,41 @@ def test_ranges_of_left_out_rows_survive_joining():
 
 
 RANGES = (torch.tensor([[-5.0, 1.0]]), torch.tensor([[-2.0, 7.0]]))
+
+
+def test_a_share_of_the_tokens_and_a_draw_of_them_are_independent():
+    o = rows(count=8000, channels=700, heavy=80)
+    kept = o.select(hashed(o.keys).double() / 2**31 < 0.25)
+    drawn = drawn_from(kept, kept.weight.sum(1), 0.05)
+    assert len(drawn.keys) < len(kept.keys)
+    light, all_light = (x.weight[x.keys % 100 != 0].sum() for x in (drawn, kept))  # every 100th row is dear
+    assert (light / all_light).item() == pytest.approx(1, abs=0.5)
+
+
+def test_samples_far_apart_draw_rows_of_their_own():
+    o = products(units=300)
+    chosen = [set(), set()]
+    o.keys = torch.arange(300) * 2**24
+    drawn = drawn_from(o, o.weight.sum(2), 0.1)
+    for offset in (0, 128):
+        for place, key in enumerate((drawn.keys // 2**24).tolist()):
+            if offset <= key < offset + 128:
+                rows_of = drawn.inputs[0][place][drawn.weight[place].sum(1) > 0]
+                found = (o.inputs[0][key][:, None] == rows_of[None]).all(-1).any(1)
+                chosen[offset // 128].update((key - offset, int(row)) for row in found.nonzero() if row > 0)
+    assert chosen[0]
+    assert len(chosen[0] & chosen[1]) < 0.5 * len(chosen[0])
+
+
+def test_pictures_without_influence_draw_nothing():
+    conv = nn.Conv2d(2, 8, 3, padding=1, bias=False)
+    empty = Observations(
+        (torch.zeros(0, 2, 4, 4),), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 8, 4, 4), torch.zeros(0, 8, 4, 4)
+    )
+    x = torch.randn(60, 2, 12, 12, generator=generator(0))
+    target = conv(x).detach()
+    o = Observations((x,), torch.arange(60), torch.rand(target.shape, generator=generator(1)), target)
+    draw = Draw([o, empty], [o.weight.sum(1).flatten(1), torch.zeros(0, 16)], CPU, conv)
+    drawn = draw.about(0.1)
+    assert draw.thins(0.1)
+    assert len(drawn[1].keys) == 0

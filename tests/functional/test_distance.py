@@ -31,7 +31,8 @@ def expected(output, target, weight, distance, axis, per_channel):
 def test_distances_are_those_of_a_loop_in_float64(shape, distance, per_channel):
     output, target, weight = data(shape)
     axis = -3 if len(shape) == 4 else -1
-    sums = distance_sums(output.clone(), target, weight, distance, axis=axis, per_channel=per_channel)
+    given = weight if distance == "hessian" else None
+    sums = distance_sums(output.clone(), target, given, distance, axis=axis, per_channel=per_channel)
     assert sums.dtype == torch.float64
     assert sums.shape == (sums_of(distance, per_channel=per_channel), shape[axis] if per_channel else 1)
     found = distance_from_sums(sums, distance)
@@ -44,6 +45,21 @@ def test_distances_are_those_of_a_loop_in_float64(shape, distance, per_channel):
 def test_parts_add_up_to_the_whole(distance, per_channel):
     output, target, weight = data((8, 5))
     options = {"distance": distance, "axis": -1, "per_channel": per_channel}
+    weight = weight if distance == "hessian" else None
     whole = distance_sums(output.clone(), target, weight, **options)
-    parts = [distance_sums(output[i::2].clone(), target[i::2], weight[i::2], **options) for i in range(2)]
+    parts = [
+        distance_sums(output[i::2].clone(), target[i::2], None if weight is None else weight[i::2], **options)
+        for i in range(2)
+    ]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("distance", ["l2", "l1", "cosine"])
+def test_a_row_of_weight_2_counts_twice_and_one_of_weight_0_not_at_all(distance):
+    output, target, _ = data((3, 4, 5))
+    weight = torch.tensor([1.0, 2.0, 0.0, 1.0]).expand(3, 4)[..., None]
+    options = {"axis": -1, "per_channel": False}
+    found = distance_sums(output.clone(), target, weight, distance, **options)
+    rows = [0, 1, 1, 3]
+    want = distance_sums(output[:, rows].clone(), target[:, rows], None, distance, **options)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-9)
