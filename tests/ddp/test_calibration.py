@@ -53,5 +53,5 @@ def calibrate_one_sided(rank: int, world_size: int, name: str) -> dict[str, torc
 
 @pytest.mark.parametrize("name", ["mini-vit", "mini-resnet"])
 def test_a_process_that_reaches_no_picture_layer_takes_part(name):
-    first, second = run_processes(calibrate_one_sided, 2, name, world_size=2)
+    first, second = run_processes(calibrate_one_sided, 2, name, world_size=2, timeout=400)
     assert all(torch.equal(first[key], second[key]) for key in first)
