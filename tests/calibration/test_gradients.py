@@ -1,0 +1,82 @@
+"""What weighs an error, against Jacobians and probabilities written out."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lit_clipq.calibration.collect import Rows, recording, without_parameter_gradients
+from lit_clipq.calibration.objective import back_propagate, contrastive_cotangents, random_directions
+from lit_clipq.nn.modules import QLinear
+from lit_clipq.nn.quantizer import UniformQuantizer
+
+SAMPLES = 5
+
+
+class Net(nn.Module):
+    """Two layers with an activation between them, and outputs of length 1."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (
+            QLinear(nn.Linear(*sizes), None, UniformQuantizer(4, symmetric=False)) for sizes in ((3, 4), (4, 3))
+        )
+
+    def forward(self, x):
+        return self.after(self.first(x))
+
+    def after(self, hidden):
+        return F.normalize(self.second(F.gelu(hidden)), dim=-1)
+
+
+def squared_gradients(net, x, directions):
+    modules = {"first": net.first, "second": net.second}
+    with without_parameter_gradients([net]), recording(modules) as recorder:
+        recorder.rows = Rows(torch.arange(SAMPLES))
+        outputs = {"output": net(x)}
+        for i, direction in enumerate(directions):
+            back_propagate(outputs, {"output": direction}, keep=i + 1 < len(directions))
+        recorder.finish_batch()
+    return {name: seen[0].weight for name, seen in recorder.seen.items()}
+
+
+def jacobians(net, x):
+    """Jacobian of each sample's output by the output of the first layer, (N, 3, 4)."""
+    hidden = net.first(x).detach()
+    return torch.stack([torch.autograd.functional.jacobian(net.after, h) for h in hidden])
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_collected_weights_are_squares_of_the_jacobian_times_the_direction(draws):
+    net, x = Net(), torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(1))
+    directions = random_directions(torch.Size((SAMPLES, 3)), torch.arange(SAMPLES), 7, draws)
+    found = squared_gradients(net, x, directions)["first"]
+    expected = torch.einsum("kno,noh->knh", directions, jacobians(net, x)).square().sum(0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)  # float32
+
+
+def test_their_mean_is_the_gauss_newton_diagonal():
+    net, x = Net(), torch.randn(SAMPLES, 3, generator=torch.Generator().manual_seed(1))
+    draws = 4000
+    directions = random_directions(torch.Size((SAMPLES, 3)), torch.arange(SAMPLES), 7, draws)
+    found = squared_gradients(net, x, directions)["first"] / draws
+    diagonal = jacobians(net, x).square().sum(1) / 3
+    torch.testing.assert_close(found, diagonal, rtol=0.15, atol=0.02 * diagonal.max().item())  # of 4,000 draws
+
+
+def test_the_mean_square_of_the_contrastive_gradient_is_the_fisher_diagonal():
+    generator = torch.Generator().manual_seed(2)
+    image, text = (F.normalize(torch.randn(3, 4, generator=generator), dim=1) for _ in range(2))
+    temperature, draws = 0.5, 3000
+    found = torch.stack([contrastive_cotangents(image, text, temperature, seed)[0] for seed in range(draws)])
+    by_image, by_text = ((image @ text.T / temperature).softmax(axis) for axis in (1, 0))
+    expected = torch.zeros(3, 4)
+    for n in range(3):
+        for y in range(3):  # a text drawn for picture n
+            score = by_image[n] - F.one_hot(torch.tensor(y), 3)
+            expected[n] += by_image[n, y] * (score @ text / temperature).square()
+        for m in range(3):  # a picture drawn for text m, which is n or not
+            p = by_text[n, m]
+            expected[n] += p * (1 - p) * (text[m] / temperature).square()
+    torch.testing.assert_close(found.square().mean(0), expected, rtol=0.15, atol=0.02 * expected.max().item())
