@@ -21,6 +21,7 @@ from lit_clipq.nn.modules import QModule, QWeighted
 
 _WORKSPACE = {"cpu": 2**20}  # elements of a table's outputs at a time: what a processor's cache holds
 _LARGE_WORKSPACE = 2**27
+_HELD = 8  # times the workspace: rounded inputs that are held at a time
 _TOGETHER = 16  # grids of an attention product's operand that are compared at a time
 
 
@@ -130,24 +131,25 @@ class Comparison:
         grids = max(1, most // max(len(o.keys) * channels, weight.numel()))
         kept: tuple[slice, Tensor] | None = None
         moved = bias if self.distance != "cosine" else 0  # a difference does not change if both lose the bias
-        for part, units in _parts(o, max(weight.shape), most):
+        for part, units in _parts(o, channels, most):
             del part
             target = _thin(units.target, step) - moved
             squares = None if units.weight is None else _thin(units.weight, step)
-            held: tuple[slice, Tensor] | None = None
-            for a in _slices(first, grids):
-                if kept is None or kept[0] != a:
-                    kept = a, self._round(0, weight, None if first is None else first[a], step)  # (A, C, in)
-                count = len(kept[1])
-                some = max(1, most // (len(target) * max(channels * count, weight.shape[1])))
-                for b in _slices(second, some):
-                    if held is None or held[0] != b:
-                        held = b, self._round(1, units.inputs[0], None if second is None else second[b])  # (B, S, in)
-                    product = held[1].flatten(0, 1) @ kept[1].flatten(0, 1).T  # (B S, A C)
-                    output = product.view(-1, len(target), count, channels).permute(2, 0, 1, 3)
-                    if self.distance == "cosine":
-                        output = output + bias
-                    yield a, b, self._compare(output, target, squares, per_channel)
+            for group in _slices(second, max(1, _HELD * most // (len(target) * weight.shape[1]))):
+                inputs = self._round(1, units.inputs[0], None if second is None else second[group])  # (B, S, in)
+                for a in _slices(first, grids):
+                    if kept is None or kept[0] != a:
+                        kept = a, self._round(0, weight, None if first is None else first[a], step)  # (A, C, in)
+                    count = len(kept[1])
+                    some = max(1, most // (len(target) * channels * count))
+                    for start in range(0, len(inputs), some):
+                        x = inputs[start : start + some]
+                        product = x.flatten(0, 1) @ kept[1].flatten(0, 1).T  # (B S, A C)
+                        output = product.view(len(x), len(target), count, channels).permute(2, 0, 1, 3)
+                        if self.distance == "cosine":
+                            output = output + bias
+                        place = slice(group.start + start, group.start + start + len(x))
+                        yield a, place, self._compare(output, target, squares, per_channel)
 
     def _of_products(
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
