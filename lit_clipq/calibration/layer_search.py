@@ -15,7 +15,7 @@ from lit_clipq.calibration.comparison import Comparison, channel_axis
 from lit_clipq.calibration.distributed import gather, sum_over_ranks
 from lit_clipq.calibration.units import Draw, factor_weights, joined, with_influence
 from lit_clipq.errors import CalibrationError, ConfigError
-from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
+from lit_clipq.functional.distance import Distance
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import around, best_first, spaced, valley
 from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
@@ -35,7 +35,8 @@ class SearchOptions:
     grid: CandidateGrid = field(default_factory=CandidateGrid)
     """Which candidates are offered."""
     distance: Distance = "hessian"
-    """Weighted squared error, plain squared error, absolute error or 1 - cosine."""
+    """Weighted squared error, plain squared error, absolute error, or 1 - cosine of each row of a product; for the last,
+    the channels of a projection share a factor on their min-max scales, because a cosine sees no gain."""
     factored: bool = True
     """Whether the squared gradients of a layer with a weight are replaced by the product of their means over channels
     and over rows (the form of Adafactor's second moments, arXiv 1804.04235): a draw is noisy, and the scale of a single
@@ -173,13 +174,15 @@ class LayerSearch:
         grid, module, found = self.options.grid, self.module, {}
         quantizer = module.weight_quantizer if isinstance(module, QWeighted) else None
         if weight is not None and quantizer is not None:
-            segments = tuple(getattr(module, "segments", ()))
+            segments = tuple(getattr(module, "segments", (len(weight),)))
             if isinstance(quantizer.granularity, PerTensor) and len(segments) > 1:
                 quantizer.granularity = PerChannel(0)  # the channels of one projection share a scale
                 low, high = (_shared(x, segments) for x in extrema(weight, quantizer.granularity))
                 found["weight"] = grid.of(quantizer, low[0], high[1], segments, device=self.device)
             else:
-                found["weight"] = grid.of(quantizer, *extrema(weight, quantizer.granularity), device=self.device)
+                apart = self.options.distance != "cosine" or not isinstance(quantizer.granularity, PerChannel)
+                spans = extrema(weight, quantizer.granularity)
+                found["weight"] = grid.of(quantizer, *spans, () if apart else segments, device=self.device)
         for i, name in enumerate(module.operands):
             operand = module.operand_quantizers.get(name)
             if operand is not None:
@@ -237,16 +240,14 @@ class LayerSearch:
                 self._screen(name, span, rough, fine)
             self._settle(fine)
         else:
-            step = max(1, self.candidates[self.first].channels // _CHANNELS) if self._by_rows(draw) else 1
+            step = max(1, len(self.comparison.weight) // _CHANNELS) if self._by_rows(draw) else 1
             spans = self._meet(coarse, step)
             self._settle_input(spans, rough, step)
             self._screen(self.first, spans[self.first], rough, fine)
 
     def _by_rows(self, draw: Draw) -> bool:
         """Tell, on every rank alike, whether what is drawn are rows, of which every n-th channel can be computed."""
-        if not isinstance(self.module, QConv2d):
-            return True
-        return self._convolution is not None and draw.thins(self.options.errors[1])
+        return not isinstance(self.module, QConv2d) or draw.by_rows(self.options.errors[1])
 
     def _meet(self, data: list[Observations], step: int) -> dict[str, tuple[int, int]]:
         """Choose the pair that is the best of a coarse table; return where to look on.
@@ -327,8 +328,7 @@ class LayerSearch:
         Args:
             noise: Squared norms of signal and error of this rank are added to it, float64 (2,).
         """
-        kinds = sums_of(self.options.distance, per_channel=False)
-        total = torch.zeros(kinds, 1, dtype=torch.float64, device=self.device)
+        total = torch.zeros(1, dtype=torch.float64, device=self.device)
         costs: list[list[Tensor]] = [[] for _ in self.data]
         for number, part, output in self.comparison.outputs(self.data, *self._pick()):
             o = self.data[number].select(part)
@@ -336,9 +336,7 @@ class LayerSearch:
             if noise is not None:
                 noise[0] += torch.linalg.vector_norm(target).double() ** 2
                 noise[1] += torch.dist(output, target).double() ** 2
-            total += distance_sums(
-                output, target, o.weight, self.options.distance, axis=channel_axis(target), per_channel=False
-            )
+            total += self.comparison.compare(output, target, o.weight)
             # output holds the weighted errors now; of a cosine it does not, but units are drawn alike there
             if output.dim() == 3:
                 costs[number].append(output.sum(2))
@@ -346,8 +344,7 @@ class LayerSearch:
                 costs[number].append(output.sum(1).flatten(1))
             else:
                 costs[number].append(output.flatten(1).sum(1))
-        objective = distance_from_sums(sum_over_ranks(total), self.options.distance).item()
-        return objective, [torch.cat(c) for c in costs]
+        return sum_over_ranks(total).item(), [torch.cat(c) for c in costs]
 
     def _clipped(self) -> float:
         """Return the share of operand elements outside of their grids, over all ranks."""

@@ -13,12 +13,11 @@ from lit_clipq.calibration.distributed import sum_over_ranks
 
 _FEWEST_UNITS, _FEWEST_ELEMENTS = 24, 2**14  # of the output: what a comparison should see at least
 _FLOOR = 0.1  # of the mean cost: also units that seem not to matter are drawn sometimes
-_LOWEST_RATE, _STEPS = (
-    2.0**-14,
-    36,
-)  # rates at which units of mean cost are drawn, half an octave apart; the last is all
+_LOWEST_RATE = 2.0**-14  # at which a unit of mean cost is drawn
+_STEPS = 36  # rates, half an octave apart; at the last all units are taken
 _ROWS = 2**16  # more than a unit has rows or positions
 _AT_ONCE = 2**17  # units whose chances are held at a time
+_FEW_PATCHES = 2**22  # elements of all patches of a convolution, up to which it becomes rows though all are taken
 
 
 def joined(seen: list[Observations]) -> list[Observations]:
@@ -119,21 +118,25 @@ class Draw:
         enough = (number >= _FEWEST_UNITS) & (number * (elements / max(units, 1)) >= _FEWEST_ELEMENTS)
         errors = torch.where(enough, variance.sqrt() / max(units, 1), torch.inf)
         self._rates, self._errors = rates.tolist(), errors.tolist()
+        weight = cast(Tensor, self.convolution.weight) if self.convolution is not None else None
+        self._few = weight is not None and units * weight[0].numel() <= _FEW_PATCHES
 
-    def thins(self, error: float) -> bool:
-        """Tell, on every rank alike, whether `about` leaves units out."""
-        step = self._step(error)
-        return step < _STEPS - 1 and self._errors[step] > 0
+    def by_rows(self, error: float) -> bool:
+        """Tell, on every rank alike, whether `about` makes rows of a convolution's maps."""
+        return self.convolution is not None and (self._few or self._thins(self._step(error)))
 
     def about(self, error: float) -> list[Observations]:
         """Return as many units as that relative standard error of their sum takes, or the data as they are."""
-        if not self.thins(error):
-            return list(self.data)
         step = self._step(error)
+        if not (self._thins(step) or self._few):
+            return list(self.data)
         if step not in self._drawn:
             rate = self._rates[step]
             self._drawn[step] = [self._draw(o, c, rate) for o, c in zip(self.data, self.costs, strict=True)]
         return self._drawn[step]
+
+    def _thins(self, step: int) -> bool:
+        return step < _STEPS - 1 and self._errors[step] > 0
 
     def _step(self, error: float) -> int:
         return next((i for i, found in enumerate(self._errors) if found <= error), _STEPS - 1)

@@ -148,5 +148,19 @@ def test_pictures_without_influence_draw_nothing():
     o = Observations((x,), torch.arange(60), torch.rand(target.shape, generator=generator(1)), target)
     draw = Draw([o, empty], [o.weight.sum(1).flatten(1), torch.zeros(0, 16)], CPU, conv)
     drawn = draw.about(0.1)
-    assert draw.thins(0.1)
+    assert draw.by_rows(0.1)
     assert len(drawn[1].keys) == 0
+
+
+def test_a_convolution_with_few_patches_becomes_rows_though_all_are_taken():
+    conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+    x = torch.randn(2, 2, 4, 4, generator=generator(0))
+    target = conv(x).detach()
+    o = Observations((x,), torch.arange(2), torch.rand(target.shape, generator=generator(1)), target)
+    draw = Draw([o], [o.weight.sum(1).flatten(1)], CPU, conv)
+    assert draw.by_rows(0.0)
+    (drawn,) = draw.about(0.0)
+    assert drawn.inputs[0].shape == (2 * 16, 2 * 9)
+    torch.testing.assert_close(drawn.inputs[0] @ conv.weight.detach().flatten(1).T, drawn.target)
+    torch.testing.assert_close(drawn.target, target.movedim(1, -1).flatten(0, 2))
+    torch.testing.assert_close(drawn.weight, o.weight.movedim(1, -1).flatten(0, 2))

@@ -21,15 +21,28 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["mini-vit", "mini-resnet"])
+BOTH = pytest.mark.parametrize("clip", ["mini-vit", "mini-resnet"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def clip(request):
-    return load_clip(request.param, "mini")
+    return load_clip(getattr(request, "param", "mini-vit"), "mini")
 
 
 @pytest.fixture(scope="module")
 def batch(clip):
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     return images, clip.preprocessing.tokenizer(TEXTS)
+
+
+@pytest.fixture(scope="module")
+def at_four_bits(clip, batch):
+    return quantized(clip, batch, PTQ4CLIP(bits=bits(4)))
+
+
+@pytest.fixture(scope="module")
+def at_eight_bits(clip, batch):
+    return quantized(clip, batch, PTQ4CLIP(bits=bits(8)))
 
 
 def quantized(clip, batch, recipe, **options):
@@ -48,8 +61,9 @@ def error(model, clip, batch):
     return (images.norm() / encode_image(clip.model, batch[0]).norm()).item(), texts.norm().item()
 
 
-def test_every_product_is_quantized_and_no_search_ends_above_its_start(clip, batch):
-    _, report = quantized(clip, batch, PTQ4CLIP(bits=bits(4)))
+@BOTH
+def test_every_product_is_quantized_and_no_search_ends_above_its_start(at_four_bits):
+    _, report = at_four_bits
     assert report.map.float_share == 0
     searched = [entry.name for entry in report.map.quantized if entry.kind != "embedding"]
     assert set(report.layers) == set(searched)
@@ -59,15 +73,16 @@ def test_every_product_is_quantized_and_no_search_ends_above_its_start(clip, bat
     assert sum(r.after for r in report.layers.values()) < 0.8 * sum(r.before for r in report.layers.values())
 
 
-def test_embeddings_are_closer_to_float_than_those_of_min_max(clip, batch):
-    searched, _ = quantized(clip, batch, PTQ4CLIP(bits=bits(4)))
+@BOTH
+def test_embeddings_are_closer_to_float_than_those_of_min_max(clip, batch, at_four_bits):
+    searched, _ = at_four_bits
     plain, _ = quantized(clip, batch, Vanilla(bits=bits(4), attention_products=True))
     for ours, theirs in zip(error(searched, clip, batch), error(plain, clip, batch), strict=True):
         assert ours < theirs
 
 
-def test_grids_follow_what_stands_in_front_of_a_layer(clip, batch):
-    model, _ = quantized(clip, batch, PTQ4CLIP(bits=bits(8)))
+def test_grids_follow_what_stands_in_front_of_a_layer(at_eight_bits):
+    model, _ = at_eight_bits
     block = model.transformer.resblocks[0]
     assert isinstance(block.attn.av.input_quantizers["a"], TwinSoftmaxQuantizer)
     assert isinstance(block.attn.av.input_quantizers["b"], UniformQuantizer)
@@ -87,8 +102,8 @@ def test_other_softmax_grids_can_be_chosen(clip, batch, option, grid):
     assert isinstance(model.transformer.resblocks[0].attn.av.input_quantizers["a"], grid)
 
 
-def test_the_start_token_is_a_constant_of_the_float_network(clip, batch):
-    model, _ = quantized(clip, batch, PTQ4CLIP(bits=bits(8)))
+def test_the_start_token_is_a_constant_of_the_float_network(clip, batch, at_eight_bits):
+    model, _ = at_eight_bits
     seen = {}
     explicit = copy.deepcopy(clip.model)
     make_explicit(explicit)
@@ -98,6 +113,7 @@ def test_the_start_token_is_a_constant_of_the_float_network(clip, batch):
     assert torch.allclose(model.transformer.resblocks[1].attn.qk.constant, seen["keys"][:1, ..., :1], atol=1e-5)
 
 
+@BOTH
 def test_less_memory_means_more_passes_and_the_same_scales(clip, batch):
     free, one = quantized(clip, batch, PTQ4CLIP(bits=bits(6)))
     tight, many = quantized(clip, batch, PTQ4CLIP(bits=bits(6)), memory_limit_bytes=one.memory_bytes // 3)
@@ -110,8 +126,9 @@ def test_less_memory_means_more_passes_and_the_same_scales(clip, batch):
         quantized(clip, batch, PTQ4CLIP(bits=bits(6)), memory_limit_bytes=1000)
 
 
-def test_one_batch_or_several_is_the_same_set(clip, batch):
-    model, _ = quantized(clip, batch, PTQ4CLIP(bits=bits(8)))
+@BOTH
+def test_one_batch_or_several_is_the_same_set(clip, batch, at_eight_bits):
+    model, _ = at_eight_bits
     halves = [tuple(x[:2] for x in batch), tuple(x[2:] for x in batch)]
     other = copy.deepcopy(clip.model)
     quantize(other, halves, PTQ4CLIP(bits=bits(8)))
@@ -150,6 +167,7 @@ def test_the_fisher_gradient_is_that_of_autograd_for_the_drawn_classes():
     assert torch.allclose(by_text.double(), b.grad, atol=1e-6)
 
 
+@BOTH
 def test_the_paper_leaves_attention_float(clip, batch):
     _, report = quantized(clip, batch, PTQ4CLIPPaper(bits=bits(4)))
     assert {e.kind for e in report.map.quantized} <= {"conv2d", "linear"}
@@ -164,6 +182,7 @@ def test_the_baseline_has_uniform_grids_only(clip, batch):
     assert report.map.float_share == 0
 
 
+@BOTH
 def test_layers_one_after_the_other_and_bias_correction_run(batch, clip):
     include = ("clip.visual.layer4.*",) if "resnet" in clip.name else ("clip.visual.transformer.resblocks.0.*",)
     for options in ({"sequential": True}, {"bias_correction": True}, {"store_bfloat16": True}, {"per_channel": False}):
@@ -182,8 +201,9 @@ def test_options_from_the_command_line_are_checked():
         make_recipe("ptq4clip", search={"speed": 1})
 
 
-def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip, batch):
-    whole, full = quantized(clip, batch, PTQ4CLIP(bits=bits(4)))
+@BOTH
+def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip, batch, at_four_bits):
+    whole, full = at_four_bits
     part, report = quantized(clip, batch, PTQ4CLIP(bits=bits(4), token_share=0.5))
     assert report.memory_bytes < full.memory_bytes
     assert set(report.layers) == set(full.layers)
@@ -193,8 +213,8 @@ def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip,
     assert all(result.after <= result.before for result in report.layers.values())
 
 
-def test_several_draws_are_averaged(clip, batch):
-    one, several = (quantized(clip, batch, PTQ4CLIP(bits=bits(4), draws=n))[1].layers for n in (1, 4))
+def test_several_draws_are_averaged(clip, batch, at_four_bits):
+    one, several = at_four_bits[1].layers, quantized(clip, batch, PTQ4CLIP(bits=bits(4), draws=4))[1].layers
     assert one.keys() == several.keys()
     ratio = torch.tensor([several[name].before / one[name].before for name in one])
     assert 0.5 < ratio.median() < 2  # a mean of squares, not a sum
