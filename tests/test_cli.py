@@ -72,16 +72,16 @@ def test_the_float_measurement_is_remembered_until_model_or_data_change(tmp_path
     def remembered() -> set[Path]:
         return set((cache_folder / "float").glob("*.json"))
 
-    first = validate(tmp_path, "--quantize.bits", "8")
+    first = validate(tmp_path, "--quantize.recipe", "vanilla")
     before = remembered()
-    again = validate(tmp_path, "--quantize.bits", "8")
+    again = validate(tmp_path, "--quantize.recipe", "vanilla")
     assert remembered() == before
     assert again["metrics"] == first["metrics"]
-    validate(tmp_path, "--data.limit", "50")
+    validate(tmp_path, "--data.limit", "50", "--quantize.recipe", "vanilla")
     assert len(remembered()) == len(before) + 1
     for path in before:
         path.write_text("{ cut short")
-    assert validate(tmp_path, "--quantize.bits", "8")["metrics"] == first["metrics"]
+    assert validate(tmp_path, "--quantize.recipe", "vanilla")["metrics"] == first["metrics"]
 
 
 def test_classification_runs_with_both_towers_of_the_resnet(tmp_path):

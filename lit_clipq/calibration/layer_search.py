@@ -35,7 +35,7 @@ class SearchOptions:
     grid: CandidateGrid = field(default_factory=CandidateGrid)
     """Which candidates are offered."""
     distance: Distance = "hessian"
-    """Weighted squared error, plain squared error, absolute error, or 1 - cosine of each row of a product; for the last,
+    """Weighted squared error, plain squared error, absolute error, or 1 - cosine of a row of the product; for the last,
     the channels of a projection share a factor on their min-max scales, because a cosine sees no gain."""
     factored: bool = True
     """Whether the squared gradients of a layer with a weight are replaced by the product of their means over channels

@@ -16,21 +16,33 @@ RECIPES = {
 TEXTS = ["a red star", "two blue cups on sand", "a big green tree left of a small black house", "a fish", "three keys"]
 
 
-def calibrate(rank: int, world_size: int, name: str) -> tuple[dict[str, torch.Tensor], dict[str, tuple[float, float]]]:
-    clip = load_clip("mini-vit", "mini")
-    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))[rank::world_size]
-    texts = clip.preprocessing.tokenizer(TEXTS)[rank::world_size]
-    batches = list(zip(images.split(1), texts.split(1), strict=True))  # so that kernels are the same for any shard
-    report = quantize(clip.model, batches, RECIPES[name])
-    return clip.model.state_dict(), {name: (r.before, r.after) for name, r in report.layers.items()}
+def calibrate(rank: int, world_size: int) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, tuple[float, float]]]]:
+    """Calibrate with every recipe on this rank's samples."""
+    found = {}
+    for name, recipe in RECIPES.items():
+        clip = load_clip("mini-vit", "mini")
+        images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))[rank::world_size]
+        texts = clip.preprocessing.tokenizer(TEXTS)[rank::world_size]
+        batches = list(zip(images.split(1), texts.split(1), strict=True))  # so that kernels are the same for any shard
+        report = quantize(clip.model, batches, recipe)
+        found[name] = clip.model.state_dict(), {layer: (r.before, r.after) for layer, r in report.layers.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """What each of two processes found, and one alone, which runs on one thread as they do."""
+    return (
+        *run_processes(calibrate, 2, world_size=2, timeout=400),
+        *run_processes(calibrate, 1, world_size=1, timeout=400),
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_two_processes_take_the_scales_of_one(name):
-    (first, layers), (second, others) = run_processes(calibrate, 2, name, world_size=2)
+def test_two_processes_take_the_scales_of_one(calibrated, name):
+    (first, layers), (second, others), (alone, expected) = (found[name] for found in calibrated)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert layers == others
-    (alone, expected), = run_processes(calibrate, 1, name, world_size=1)  # its matrix kernels are those of one thread too
     assert layers.keys() == expected.keys()
     grids = [key for key in first if key.endswith(("scale", "zero_point", "split", "positive_step"))]
     assert grids
@@ -43,15 +55,18 @@ def test_two_processes_take_the_scales_of_one(name):
         assert not differing
 
 
-def calibrate_one_sided(rank: int, world_size: int, name: str) -> dict[str, torch.Tensor]:
+def calibrate_one_sided(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
     """Only the first process has pictures."""
-    clip = load_clip(name, "mini")
-    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) if rank == 0 else None
-    quantize(clip.model, [(images, clip.preprocessing.tokenizer(TEXTS[:3]))], RECIPES["gauss_newton"])
-    return clip.model.state_dict()
+    found = []
+    for name in ("mini-vit", "mini-resnet"):
+        clip = load_clip(name, "mini")
+        images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) if rank == 0 else None
+        quantize(clip.model, [(images, clip.preprocessing.tokenizer(TEXTS[:3]))], RECIPES["gauss_newton"])
+        found.append(clip.model.state_dict())
+    return found
 
 
-@pytest.mark.parametrize("name", ["mini-vit", "mini-resnet"])
-def test_a_process_that_reaches_no_picture_layer_takes_part(name):
-    first, second = run_processes(calibrate_one_sided, 2, name, world_size=2, timeout=400)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+def test_a_process_that_reaches_no_picture_layer_takes_part():
+    both = run_processes(calibrate_one_sided, 2, world_size=2, timeout=400)
+    for first, second in zip(*both, strict=True):
+        assert all(torch.equal(first[key], second[key]) for key in first)
