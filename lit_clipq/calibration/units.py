@@ -85,7 +85,8 @@ class Draw:
     as a wanted error takes: few where few units decide (a pooled tower's class tokens), many where all matter alike.
     What is drawn depends on keys and costs alone, and its number on sums over ranks, so that any number of ranks draws
     the same. Of a convolution output positions are drawn, each with the patch of the input that it sees: rows of a
-    linear layer. Of matrix products rows of the left operand are.
+    linear layer. Of matrix products rows of the left operand are. Units without influence are neither drawn nor
+    counted: how many there are behind the ends of texts depends on what other texts are in a batch.
 
     Args:
         data: What there is to draw from, with targets.
@@ -101,16 +102,24 @@ class Draw:
     _drawn: dict[int, list[Observations]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._matter = [_matters(o, cost) for o, cost in zip(self.data, self.costs, strict=True)]
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # units, elements of their outputs, costs
-        for o, cost in zip(self.data, self.costs, strict=True):
-            sizes = (cost.numel(), _known(o.target).numel())
-            totals += torch.stack([*(totals.new_tensor(size) for size in sizes), cost.sum(dtype=torch.float64)])
+        for o, cost, matter in zip(self.data, self.costs, self._matter, strict=True):
+            target, number = _known(o.target), matter.sum()
+            # of scores the columns behind the end of a text do not count either
+            elements = (
+                target.count_nonzero()
+                if target.dim() == 3
+                else number * (target[0].numel() // max(cost[0].numel(), 1) if len(target) else 0)
+            )
+            sums = (number, elements, cost.sum(dtype=torch.float64))
+            totals += torch.stack([x.to(totals) for x in sums])
         units, elements, cost = sum_over_ranks(totals).tolist()
         self.mean_cost = cost / max(units, 1) if cost > 0 else 0.0
         rates = torch.exp2(torch.arange(_STEPS, dtype=torch.float64, device=self.device) / 2) * _LOWEST_RATE
         expected = torch.zeros(2, _STEPS, dtype=torch.float64, device=self.device)  # number, sum c^2 (1 / p - 1)
-        for o, cost in zip(self.data, self.costs, strict=True):
-            for relative in self._relative(o, cost).flatten().split(_AT_ONCE):
+        for o, cost, matter in zip(self.data, self.costs, self._matter, strict=True):
+            for relative in self._relative(o, cost, matter)[matter].split(_AT_ONCE):
                 chance = _chance(relative, rates[:, None])
                 expected[0] += chance.sum(1)
                 expected[1] += (relative.square() * (1 / chance - 1)).sum(1)
@@ -132,7 +141,8 @@ class Draw:
             return list(self.data)
         if step not in self._drawn:
             rate = self._rates[step]
-            self._drawn[step] = [self._draw(o, c, rate) for o, c in zip(self.data, self.costs, strict=True)]
+            everything = zip(self.data, self.costs, self._matter, strict=True)
+            self._drawn[step] = [self._draw(*part, rate) for part in everything]
         return self._drawn[step]
 
     def _thins(self, step: int) -> bool:
@@ -141,19 +151,19 @@ class Draw:
     def _step(self, error: float) -> int:
         return next((i for i, found in enumerate(self._errors) if found <= error), _STEPS - 1)
 
-    def _relative(self, o: Observations, cost: Tensor) -> Tensor:
+    def _relative(self, o: Observations, cost: Tensor, matter: Tensor) -> Tensor:
         """Return costs in units of their mean over all ranks, 1 each without gradients, float64."""
         if o.weight is None or not self.mean_cost:
-            return torch.ones_like(cost, dtype=torch.float64)
-        return (cost.double() / self.mean_cost).clamp_(min=_FLOOR)
+            return matter.double()
+        return (cost.double() / self.mean_cost).clamp_(min=_FLOOR).mul_(matter)
 
-    def _draw(self, o: Observations, cost: Tensor, rate: float) -> Observations:
+    def _draw(self, o: Observations, cost: Tensor, matter: Tensor, rate: float) -> Observations:
         if not len(o.keys):
             return o
         keys = hashed(o.keys)  # hashed once more below: a share of the tokens was drawn by this already
         if cost.dim() == 2:
             keys = keys[:, None] * _ROWS + torch.arange(cost.shape[1], device=cost.device)
-        chance = _chance(self._relative(o, cost), rate)
+        chance = _chance(self._relative(o, cost, matter), rate)
         chosen = hashed(keys).double() / 2**31 < chance
         if cost.dim() == 1:
             drawn, weights = o.select(chosen), 1 / chance[chosen]
@@ -190,7 +200,7 @@ def _products(o: Observations, chosen: Tensor, chance: Tensor) -> Observations:
     def gathered(x: Tensor) -> Tensor:
         return x[some].gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
 
-    weights = gathered((chosen / chance).float()[..., None])
+    weights = gathered(torch.where(chosen, 1 / chance, 0).float()[..., None])
     left, right = o.inputs
     weight = weights if o.weight is None else gathered(o.weight) * weights
     return Observations((gathered(left), right[some]), o.keys[some], weight, gathered(_known(o.target)))
@@ -203,6 +213,14 @@ def patches_of(x: Tensor, layer: nn.Module) -> Tensor:
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)  # type: ignore[arg-type]
         return F.unfold(x, layer.kernel_size, layer.dilation, 0, layer.stride)  # type: ignore[arg-type]
     return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+
+
+def _matters(o: Observations, cost: Tensor) -> Tensor:
+    """Tell which units have an influence, bool of the shape of their costs."""
+    x = (o.weight if o.weight is not None else _known(o.target)) != 0  # (N, C), products (P, M, N) or maps (B, C, H, W)
+    if cost.dim() == 1:
+        return x.flatten(1).any(1)
+    return x.any(1).flatten(1) if x.dim() == 4 else x.any(2)
 
 
 def _chance(relative: Tensor, rate: "float | Tensor") -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lit_clipq.calibration.collect import Observations, hashed
@@ -164,3 +165,21 @@ def test_a_convolution_with_few_patches_becomes_rows_though_all_are_taken():
     torch.testing.assert_close(drawn.inputs[0] @ conv.weight.detach().flatten(1).T, drawn.target)
     torch.testing.assert_close(drawn.target, target.movedim(1, -1).flatten(0, 2))
     torch.testing.assert_close(drawn.weight, o.weight.movedim(1, -1).flatten(0, 2))
+
+
+def test_how_far_texts_are_padded_does_not_change_what_is_drawn():
+    """Rows and columns behind a text's end are zero, and how many there are depends on its batch."""
+    shape, found = (400, 12, 12), []
+    target, weight = torch.randn(shape, generator=generator(0)), torch.rand(shape, generator=generator(1)) ** 8
+    left, right = torch.randn(400, 12, 5, generator=generator(2)), torch.randn(400, 5, 12, generator=generator(3))
+    for padded in (0, 7):
+        wide = (0, padded, 0, padded)
+        o = Observations(
+            (F.pad(left, (0, 0, 0, padded)), F.pad(right, (0, padded))), torch.arange(400), F.pad(weight, wide)
+        )
+        o.target = F.pad(target, wide)
+        drawn = drawn_from(o, o.weight.sum(2), 0.2)
+        assert len(drawn.keys) < 400
+        found.append((drawn.keys, drawn.weight[..., :12], drawn.inputs[0]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
