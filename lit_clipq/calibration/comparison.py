@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_clipq.calibration.candidates import Candidates
 from lit_clipq.calibration.collect import Observations
 from lit_clipq.calibration.distributed import sum_over_ranks
-from lit_clipq.functional.distance import Distance, distance_sums
+from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
 from lit_clipq.nn.modules import QModule, QWeighted
 
 _WORKSPACE = {"cpu": 2**20}  # elements of a table's outputs at a time: what a processor's cache holds
@@ -47,8 +47,6 @@ class Comparison:
         self.weight = cast(Tensor, self.module.weight).detach().float() if weighted else None
         bias = self.module.bias if weighted else None
         self.bias = None if bias is None else cast(Tensor, bias).detach().float()
-        segments = [torch.ones(size, 1) for size in getattr(self.module, "segments", ())]
-        self.projections = torch.block_diag(*segments).to(self.device) if len(segments) > 1 else None
 
     def losses(
         self,
@@ -59,28 +57,33 @@ class Comparison:
         per_channel: bool = True,
         step: int = 1,
     ) -> Tensor:
-        """Return the objective of every pair over all ranks, float64 (A, B, scales of the first operand).
+        """Return the objective of every pair over all ranks, float64 (A, B, channels of the first operand).
 
         Args:
             data: What to compare on, with targets.
             first: Candidates of the first operand, int64 (A, channels); `None` leaves it float, and A is 1.
             second: Candidates of the second one, int64 (B, 1); `None` leaves it float, and B is 1.
-            per_channel: Whether the scales of a weight are kept apart; else one column is returned.
+            per_channel: Whether the channels of a weight are kept apart; else one column is returned.
             step: Only every n-th channel of a weight is computed, and `first` has as many columns (rows only).
         """
         per_channel = per_channel and self.weight is not None
-        columns = self._columns(step) if per_channel else 1
-        shape = (*(1 if x is None else len(x) for x in (first, second)), columns)
-        sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        channels = len(self.weight[::step]) if per_channel and self.weight is not None else 1
+        sums = torch.zeros(
+            *(1 if x is None else len(x) for x in (first, second)),
+            sums_of(self.distance, per_channel=per_channel),
+            channels,
+            dtype=torch.float64,
+            device=self.device,
+        )
         for o in data:
             if not len(o.keys):
                 continue
             for a, b, found in self._sums(o, first, second, per_channel, step):
                 sums[a, b] += found.to(self.device)
         family = self._family(0, step)
-        if family is not None and per_channel and self.distance != "cosine":
+        if family is not None and per_channel:
             sums = family.pooled(sums)
-        return sum_over_ranks(sums)
+        return distance_from_sums(sum_over_ranks(sums), self.distance)
 
     def outputs(
         self, data: Sequence[Observations], first: Tensor, second: Tensor
@@ -108,16 +111,6 @@ class Comparison:
     def targets(self, o: Observations) -> Tensor:
         """Return the float product of observed operands."""
         return o.inputs[0] @ o.inputs[1] if self.weight is None else self.product(o.inputs[0])
-
-    def compare(
-        self, output: Tensor, target: Tensor, weight: Tensor | None, *, per_channel: bool = False, step: int = 1
-    ) -> Tensor:
-        """Return the sums of the distance, see `distance_sums`; every n-th channel is there."""
-        projections = None if self.projections is None else self.projections[::step]
-        axis = channel_axis(target)
-        return distance_sums(
-            output, target, weight, self.distance, axis=axis, per_channel=per_channel, projections=projections
-        )
 
     def by_rows(self, o: Observations) -> bool:
         """Tell whether the units are rows of a linear layer, or patches of a convolution."""
@@ -156,7 +149,7 @@ class Comparison:
                         if self.distance == "cosine":
                             output = output + bias
                         place = slice(group.start + start, group.start + start + len(x))
-                        yield a, place, self.compare(output, target, squares, per_channel=per_channel, step=step)
+                        yield a, place, self._compare(output, target, squares, per_channel)
 
     def _of_products(
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
@@ -173,7 +166,7 @@ class Comparison:
                     right = self._round(1, units.inputs[1], None if second is None else second[b]).permute(1, 2, 0, 3)
                     output = left.flatten(1, 2) @ right.flatten(2)  # (P, A M, B N)
                     output = output.unflatten(2, right.shape[2:]).unflatten(1, left.shape[1:3]).permute(1, 3, 0, 2, 4)
-                    yield a, b, self.compare(output, cast(Tensor, units.target), units.weight)
+                    yield a, b, self._compare(output, cast(Tensor, units.target), units.weight, per_channel=False)
 
     def _of_maps(
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
@@ -182,8 +175,8 @@ class Comparison:
             weight = self._round(0, cast(Tensor, self.weight), None if first is None else first[a])[0]
             for b in _slices(second, 1):
                 output = self.product(self._round(1, o.inputs[0], None if second is None else second[b])[0], weight)
-                found = self.compare(output[None, None], cast(Tensor, o.target), o.weight, per_channel=per_channel)
-                yield a, b, found[..., ::step] if per_channel and self.distance != "cosine" else found
+                found = self._compare(output[None, None], cast(Tensor, o.target), o.weight, per_channel)
+                yield a, b, found[..., ::step] if per_channel else found
 
     def _round(self, operand: int, x: Tensor, index: Tensor | None, step: int = 1) -> Tensor:
         """Return `x` (*shape) under each of the grids, (A, *shape); without grids as it is, (1, *shape)."""
@@ -194,10 +187,8 @@ class Comparison:
         family = self.candidates.get(self.names[operand])
         return family if family is None or step == 1 else family.every(step)
 
-    def _columns(self, step: int) -> int:
-        if self.distance == "cosine":
-            return 1 if self.projections is None else self.projections.shape[1]
-        return len(cast(Tensor, self.weight)[::step])
+    def _compare(self, output: Tensor, target: Tensor, weight: Tensor | None, per_channel: bool) -> Tensor:
+        return distance_sums(output, target, weight, self.distance, axis=channel_axis(target), per_channel=per_channel)
 
     @staticmethod
     def _most(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from lit_clipq.calibration.comparison import Comparison, channel_axis
 from lit_clipq.calibration.distributed import gather, sum_over_ranks
 from lit_clipq.calibration.units import Draw, factor_weights, joined, with_influence
 from lit_clipq.errors import CalibrationError, ConfigError
-from lit_clipq.functional.distance import Distance
+from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.functional.search import around, best_first, spaced, valley
 from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
@@ -35,8 +35,7 @@ class SearchOptions:
     grid: CandidateGrid = field(default_factory=CandidateGrid)
     """Which candidates are offered."""
     distance: Distance = "hessian"
-    """Weighted squared error, plain squared error, absolute error, or 1 - cosine of a row of the product; for the last,
-    the channels of a projection share a factor on their min-max scales, because a cosine sees no gain."""
+    """Weighted squared error, plain squared error, absolute error or 1 - cosine."""
     factored: bool = True
     """Whether the squared gradients of a layer with a weight are replaced by the product of their means over channels
     and over rows (the form of Adafactor's second moments, arXiv 1804.04235): a draw is noisy, and the scale of a single
@@ -174,15 +173,13 @@ class LayerSearch:
         grid, module, found = self.options.grid, self.module, {}
         quantizer = module.weight_quantizer if isinstance(module, QWeighted) else None
         if weight is not None and quantizer is not None:
-            segments = tuple(getattr(module, "segments", (len(weight),)))
+            segments = tuple(getattr(module, "segments", ()))
             if isinstance(quantizer.granularity, PerTensor) and len(segments) > 1:
                 quantizer.granularity = PerChannel(0)  # the channels of one projection share a scale
                 low, high = (_shared(x, segments) for x in extrema(weight, quantizer.granularity))
                 found["weight"] = grid.of(quantizer, low[0], high[1], segments, device=self.device)
             else:
-                apart = self.options.distance != "cosine" or not isinstance(quantizer.granularity, PerChannel)
-                spans = extrema(weight, quantizer.granularity)
-                found["weight"] = grid.of(quantizer, *spans, () if apart else segments, device=self.device)
+                found["weight"] = grid.of(quantizer, *extrema(weight, quantizer.granularity), device=self.device)
         for i, name in enumerate(module.operands):
             operand = module.operand_quantizers.get(name)
             if operand is not None:
@@ -240,7 +237,7 @@ class LayerSearch:
                 self._screen(name, span, rough, fine)
             self._settle(fine)
         else:
-            step = max(1, len(self.comparison.weight) // _CHANNELS) if self._by_rows(draw) else 1
+            step = max(1, self.candidates[self.first].channels // _CHANNELS) if self._by_rows(draw) else 1
             spans = self._meet(coarse, step)
             self._settle_input(spans, rough, step)
             self._screen(self.first, spans[self.first], rough, fine)
@@ -328,7 +325,8 @@ class LayerSearch:
         Args:
             noise: Squared norms of signal and error of this rank are added to it, float64 (2,).
         """
-        total = torch.zeros(1, dtype=torch.float64, device=self.device)
+        kinds = sums_of(self.options.distance, per_channel=False)
+        total = torch.zeros(kinds, 1, dtype=torch.float64, device=self.device)
         costs: list[list[Tensor]] = [[] for _ in self.data]
         for number, part, output in self.comparison.outputs(self.data, *self._pick()):
             o = self.data[number].select(part)
@@ -336,7 +334,9 @@ class LayerSearch:
             if noise is not None:
                 noise[0] += torch.linalg.vector_norm(target).double() ** 2
                 noise[1] += torch.dist(output, target).double() ** 2
-            total += self.comparison.compare(output, target, o.weight)
+            total += distance_sums(
+                output, target, o.weight, self.options.distance, axis=channel_axis(target), per_channel=False
+            )
             # output holds the weighted errors now; of a cosine it does not, but units are drawn alike there
             if output.dim() == 3:
                 costs[number].append(output.sum(2))
@@ -344,7 +344,8 @@ class LayerSearch:
                 costs[number].append(output.sum(1).flatten(1))
             else:
                 costs[number].append(output.flatten(1).sum(1))
-        return sum_over_ranks(total).item(), [torch.cat(c) for c in costs]
+        objective = distance_from_sums(sum_over_ranks(total), self.options.distance).item()
+        return objective, [torch.cat(c) for c in costs]
 
     def _clipped(self) -> float:
         """Return the share of operand elements outside of their grids, over all ranks."""
