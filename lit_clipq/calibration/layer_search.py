@@ -275,9 +275,9 @@ class LayerSearch:
         """
         offers, partners = spaced(*spans[self.second], 1), spaced(*spans[self.first], 2)
         adapted = self._table(data, partners, offers, step).amin(0).sum(-1)
-        alone = self._table(data, None, offers, step)[0].sum(-1)
-        exact = self._table(data, None, offers, 1)[0].sum(-1)
-        estimate = exact + (adapted - alone) * (exact.sum() / alone.sum())
+        exact = self._table(data, None, offers, 1)[0]
+        alone, exact = exact[:, ::step].sum(-1), exact.sum(-1)
+        estimate = exact + (adapted - alone) * (exact.sum() / alone.sum().clamp(min=1e-300))
         self._choose(self.second, offers[int(estimate.argmin())])
 
     def _settle(self, data: list[Observations]) -> None:
