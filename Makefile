@@ -9,7 +9,7 @@ check:
 	mypy
 
 test:
-	pytest
+	pytest -n 2 --dist loadfile
 
 bench:
 	python -m benchmarks.throughput

@@ -277,7 +277,8 @@ class LayerSearch:
         adapted = self._table(data, partners, offers, step).amin(0).sum(-1)
         exact = self._table(data, None, offers, 1)[0]
         alone, exact = exact[:, ::step].sum(-1), exact.sum(-1)
-        estimate = exact + (adapted - alone) * (exact.sum() / alone.sum().clamp(min=1e-300))
+        stand_for = exact.sum() / alone.sum() if alone.sum() > 0 else 1.0
+        estimate = exact + (adapted - alone) * stand_for
         self._choose(self.second, offers[int(estimate.argmin())])
 
     def _settle(self, data: list[Observations]) -> None:

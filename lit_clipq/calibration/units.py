@@ -17,7 +17,7 @@ _LOWEST_RATE = 2.0**-14  # at which a unit of mean cost is drawn
 _STEPS = 36  # rates, half an octave apart; at the last all units are taken
 _ROWS = 2**16  # more than a unit has rows or positions
 _AT_ONCE = 2**17  # units whose chances are held at a time
-_FEW_PATCHES = 2**22  # elements of all patches of a convolution, up to which it becomes rows though all are taken
+_FEW_PATCHES = 2**22  # elements of a convolution's patches and products up to which it is rows though all are taken
 
 
 def joined(seen: list[Observations]) -> list[Observations]:
@@ -85,8 +85,8 @@ class Draw:
     as a wanted error takes: few where few units decide (a pooled tower's class tokens), many where all matter alike.
     What is drawn depends on keys and costs alone, and its number on sums over ranks, so that any number of ranks draws
     the same. Of a convolution output positions are drawn, each with the patch of the input that it sees: rows of a
-    linear layer. Of matrix products rows of the left operand are. Units without influence are neither drawn nor
-    counted: how many there are behind the ends of texts depends on what other texts are in a batch.
+    linear layer. Of matrix products rows of the left operand are. Where not all are taken, units without influence are
+    neither drawn nor counted: how many there are behind the ends of texts depends on what other texts are in a batch.
 
     Args:
         data: What there is to draw from, with targets.
@@ -106,12 +106,10 @@ class Draw:
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # units, elements of their outputs, costs
         for o, cost, matter in zip(self.data, self.costs, self._matter, strict=True):
             target, number = _known(o.target), matter.sum()
-            # of scores the columns behind the end of a text do not count either
-            elements = (
-                target.count_nonzero()
-                if target.dim() == 3
-                else number * (target[0].numel() // max(cost[0].numel(), 1) if len(target) else 0)
-            )
+            if target.dim() == 3:  # of scores the columns behind the end of a text do not count either
+                elements = (target.count_nonzero(dim=2) * matter).sum()
+            else:
+                elements = number * (target[0].numel() // max(cost[0].numel(), 1) if len(target) else 0)
             sums = (number, elements, cost.sum(dtype=torch.float64))
             totals += torch.stack([x.to(totals) for x in sums])
         units, elements, cost = sum_over_ranks(totals).tolist()
@@ -128,7 +126,7 @@ class Draw:
         errors = torch.where(enough, variance.sqrt() / max(units, 1), torch.inf)
         self._rates, self._errors = rates.tolist(), errors.tolist()
         weight = cast(Tensor, self.convolution.weight) if self.convolution is not None else None
-        self._few = weight is not None and units * weight[0].numel() <= _FEW_PATCHES
+        self._few = weight is not None and units * (weight[0].numel() + len(weight)) <= _FEW_PATCHES
 
     def by_rows(self, error: float) -> bool:
         """Tell, on every rank alike, whether `about` makes rows of a convolution's maps."""
@@ -216,7 +214,7 @@ def patches_of(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def _matters(o: Observations, cost: Tensor) -> Tensor:
-    """Tell which units have an influence, bool of the shape of their costs."""
+    """Tell which units have an influence, bool of the shape of their costs: a gradient, or without any a product."""
     x = (o.weight if o.weight is not None else _known(o.target)) != 0  # (N, C), products (P, M, N) or maps (B, C, H, W)
     if cost.dim() == 1:
         return x.flatten(1).any(1)

@@ -120,7 +120,10 @@ class PTQ4CLIPPaper(PTQ4CLIP):
 
 @dataclass(frozen=True)
 class BasePTQ(PTQ4CLIP):
-    """The baseline of PTQ4ViT: scales that maximise the cosine similarity of each product, uniform grids only."""
+    """The baseline of PTQ4ViT: scales that maximise the cosine similarity of each product, uniform grids only.
+
+    Each channel of a weight has a scale of its own, and the cosine of its column of the product decides on it.
+    """
 
     softmax_grid: Literal["twin", "uniform", "log2", "log_sqrt2"] = "uniform"
     """Grid of attention weights."""

@@ -149,11 +149,11 @@ def test_pictures_without_influence_draw_nothing():
     o = Observations((x,), torch.arange(60), torch.rand(target.shape, generator=generator(1)), target)
     draw = Draw([o, empty], [o.weight.sum(1).flatten(1), torch.zeros(0, 16)], CPU, conv)
     drawn = draw.about(0.1)
-    assert draw.by_rows(0.1)
+    assert 0 < len(drawn[0].keys) < 60 * 144
     assert len(drawn[1].keys) == 0
 
 
-def test_a_convolution_with_few_patches_becomes_rows_though_all_are_taken():
+def test_a_convolution_with_few_patches_becomes_rows_though_all_are_taken(monkeypatch):
     conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
     x = torch.randn(2, 2, 4, 4, generator=generator(0))
     target = conv(x).detach()
@@ -165,6 +165,10 @@ def test_a_convolution_with_few_patches_becomes_rows_though_all_are_taken():
     torch.testing.assert_close(drawn.inputs[0] @ conv.weight.detach().flatten(1).T, drawn.target)
     torch.testing.assert_close(drawn.target, target.movedim(1, -1).flatten(0, 2))
     torch.testing.assert_close(drawn.weight, o.weight.movedim(1, -1).flatten(0, 2))
+    monkeypatch.setattr("lit_clipq.calibration.units._FEW_PATCHES", 0)
+    draw = Draw([o], [o.weight.sum(1).flatten(1)], CPU, conv)
+    assert not draw.by_rows(0.0)
+    assert draw.about(0.0)[0] is o
 
 
 def test_how_far_texts_are_padded_does_not_change_what_is_drawn():
@@ -183,3 +187,13 @@ def test_how_far_texts_are_padded_does_not_change_what_is_drawn():
         found.append((drawn.keys, drawn.weight[..., :12], drawn.inputs[0]))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_rows_of_products_without_a_gradient_do_not_count_as_seen():
+    """In the last block of a tower that is pooled at one token only that token's row of a product matters."""
+    target, weight = torch.randn(4000, 10, 16, generator=generator(0)), torch.zeros(4000, 10, 16)
+    weight[:, 0] = torch.rand(4000, 16, generator=generator(1))
+    left, right = torch.randn(4000, 10, 5, generator=generator(2)), torch.randn(4000, 5, 16, generator=generator(3))
+    drawn = drawn_from(Observations((left, right), torch.arange(4000), weight, target), weight.sum(2), 0.5)
+    assert 2**14 / 16 <= len(drawn.keys) < 4000
+    assert drawn.inputs[0].shape[1] == 1

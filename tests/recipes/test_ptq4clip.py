@@ -175,6 +175,7 @@ def test_the_paper_leaves_attention_float(clip, batch):
     assert 0.1 < report.map.float_share < 0.9
 
 
+@BOTH
 def test_the_baseline_has_uniform_grids_only(clip, batch):
     model, report = quantized(clip, batch, BasePTQ(bits=bits(6)))
     grids = {type(m) for m in model.modules() if type(m).__name__.endswith("Quantizer")}
@@ -213,6 +214,7 @@ def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip,
     assert all(result.after <= result.before for result in report.layers.values())
 
 
+@BOTH
 def test_several_draws_are_averaged(clip, batch, at_four_bits):
     one, several = at_four_bits[1].layers, quantized(clip, batch, PTQ4CLIP(bits=bits(4), draws=4))[1].layers
     assert one.keys() == several.keys()
