@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,6 +50,9 @@ class QuantizationReport:
     """Calibration samples of a pass, over all ranks."""
     layers: dict[str, LayerResult]
     """How the search of each layer went; empty for recipes that do not search."""
+    equalized: dict[str, float] = field(default_factory=dict)
+    """Where channels were equalised, by the name of what makes them: the error that is expected of the layers that read
+    them, over what it would be without."""
 
 
 def quantize(
@@ -138,6 +141,7 @@ def quantize(
             memory_bytes=memory_bytes,
             samples=sum(gather(samples)),
             layers=calibration.results,
+            equalized=calibration.equalized,
         )
 
 

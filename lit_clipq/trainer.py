@@ -321,6 +321,7 @@ class QuantTrainer(Trainer):
             versions=versions(),
             seed=callback.seed,
             layers={name: asdict(layer) for name, layer in report.layers.items()} if report else {},
+            equalized=report.equalized if report else {},
             quantize_options=_jsonable(asdict(recipe)) if recipe else {},
         )
 

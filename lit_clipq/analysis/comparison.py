@@ -45,6 +45,8 @@ class Comparison:
     quantize_options: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     """Per layer: objective before and after the search, SQNR in dB, clipped share, seconds."""
+    equalized: dict[str, float] = field(default_factory=dict)
+    """Expected error over that without equalising, by the name of what makes the channels."""
 
     @property
     def float_macs_share(self) -> float:
@@ -71,6 +73,7 @@ class Comparison:
             "float_macs_share": self.float_macs_share,
             "quantize": self.quantize_options,
             "layers": self.layers,
+            "equalized": self.equalized,
             "map": self.map.to_json(),
             "versions": self.versions,
             "seed": self.seed,

@@ -209,11 +209,11 @@ def without_parameter_gradients(roots: Iterable[nn.Module]) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def valid_operands(module: QModule, inputs: tuple[Tensor, ...], rows: Rows, *, averages: bool) -> tuple[Tensor, ...]:
+def valid_operands(module: nn.Module, inputs: tuple[Tensor, ...], rows: Rows, *, averages: bool) -> tuple[Tensor, ...]:
     """Return the operands of one call in the text tower without what lies behind the end of a text.
 
     Args:
-        module: The Q-module that is called.
+        module: The layer that is called, a Q-module or a float linear layer.
         inputs: Its inputs.
         rows: Lengths of the texts of the batch; without them everything is valid.
         averages: Whether the module is the product of attention weights and values.

@@ -45,6 +45,7 @@ class Calibration:
         memory_limit_bytes: Bound on stored operands, gradients and search workspace; `None` is no bound.
         modules: Q-modules by name, once swapped.
         results: How the search of each layer went, where the recipe searches.
+        equalized: By the name of what makes channels that were equalised: expected error over that without.
         progress: Told the name of each layer that is done.
     """
 
@@ -58,6 +59,7 @@ class Calibration:
     memory_limit_bytes: int | None = None
     modules: dict[str, QModule] = field(default_factory=dict)
     results: dict[str, LayerResult] = field(default_factory=dict)
+    equalized: dict[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda _: None
 
     def swap(self, build: Callable[[Layer, MapEntry], QModule]) -> dict[str, QModule]:

@@ -104,8 +104,8 @@ def named_outputs(outputs: Any) -> Mapping[str, Tensor]:
     if isinstance(outputs, Mapping) and all(isinstance(value, Tensor) for value in outputs.values()):
         return outputs
     raise CalibrationError(
-        f"a gradient objective needs a calibration forward that returns tensors by name, got {type(outputs).__name__}; "
-        "return the outputs that matter, or take another distance"
+        f"expected a calibration forward that returns tensors by name, got {type(outputs).__name__}; return the "
+        "outputs that matter"
     )
 
 

@@ -33,6 +33,7 @@ from lit_clipq.nn.quantizer import LogQuantizer, Quantizer, TwinGeluQuantizer, T
 from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry
 from lit_clipq.recipes.base import Recipe, register
+from lit_clipq.recipes.equalize import equalize
 from lit_clipq.recipes.text import has_text_rule, measuring_texts
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class PTQ4CLIP(Recipe):
     """Whether causal text towers keep the start token's keys and values as float constants."""
     end_token: bool = True
     """Whether positions behind a text's end token are left out of every statistic."""
+    equalize: bool = True
+    """Whether channels that LayerNorms and attentions hand on within a block are equalised first, by powers of two."""
     sequential: bool = False
     """Whether each layer is searched with its predecessors quantized, one after the other."""
     bias_correction: bool = False
@@ -90,7 +93,7 @@ class PTQ4CLIP(Recipe):
         groups = calibration.groups(self.storage)
         embed = self.search.distance == "hessian" and self.objective == "fisher"
         needed = max((calibration.group_bytes(group, self.storage) for group in groups), default=0)
-        return needed, len(groups) + (sum(map(len, groups)) if self.sequential else 0) + embed
+        return needed, len(groups) + (sum(map(len, groups)) if self.sequential else 0) + embed + self.equalize
 
     @property
     def storage(self) -> Storage:
@@ -110,6 +113,8 @@ class PTQ4CLIPPaper(PTQ4CLIP):
     """Whether token embedding tables are stored as codes."""
     start_token: bool = False
     """Whether causal text towers keep the start token's keys and values as float constants."""
+    equalize: bool = False
+    """Whether channels that LayerNorms and attentions hand on within a block are equalised first, by powers of two."""
 
     def why_float(self, layer: Layer) -> str:
         """Leave everything float but convolutions and MLPs."""
@@ -133,6 +138,8 @@ class BasePTQ(PTQ4CLIP):
     """Whether causal text towers keep the start token's keys and values as float constants."""
     end_token: bool = False
     """Whether positions behind a text's end token are left out of every statistic."""
+    equalize: bool = False
+    """Whether channels that LayerNorms and attentions hand on within a block are equalised first, by powers of two."""
     search: SearchOptions = field(default_factory=lambda: SearchOptions(distance="cosine"))
     """How grids are searched."""
 
@@ -149,10 +156,11 @@ def apply(recipe: PTQ4CLIP, calibration: Calibration) -> None:
     _check(calibration)
     found = probe(calibration.roots, calibration.layers, calibration.forward, one_of_each_kind(calibration.batches))
     found = joined(gather(found))
-    text_rule = has_text_rule(calibration)
+    text_rule, start = has_text_rule(calibration), _start_products(recipe, calibration)
+    if recipe.equalize:
+        calibration.equalized = equalize(calibration, end_token=recipe.end_token, drop_start=bool(start))
     modules = calibration.swap(lambda layer, entry: _build(recipe, layer, entry, found, text_rule))
-    start = _start_products(recipe, calibration)
-    keep_start_tokens(start, calibration)
+    keep_start_tokens({name: modules[name] for name in start}, calibration)
     run = _Run(recipe, calibration, frozenset(found.averages), text_rule, drop_start=bool(start))
     cotangents = run.cotangents() if recipe.search.distance == "hessian" else None
     for group in calibration.groups(recipe.storage):
@@ -197,16 +205,16 @@ def _search_table(table: QEmbedding, options: SearchOptions) -> None:
         family.commit(coarse_to_fine(error, family.count, family.start))
 
 
-def _start_products(recipe: PTQ4CLIP, calibration: Calibration) -> dict[str, QModule]:
-    """Return the products that keep the start token's key or value: all those of the text tower, or none.
+def _start_products(recipe: PTQ4CLIP, calibration: Calibration) -> list[str]:
+    """Name the products that keep the start token's key or value: all those of the text tower, or none.
 
     If one were left out, the start token would have to pass through grids that never saw it.
     """
     if not (recipe.start_token and has_text_rule(calibration)):
-        return {}
+        return []
     names = [layer.name for layer in calibration.layers if layer.tower == "text" and layer.kind.name == "matmul"]
-    found = {name: calibration.modules[name] for name in names if name in calibration.modules}
-    return found if len(found) == len(names) else {}
+    quantized = {entry.name for entry in calibration.plan.quantized}
+    return names if quantized.issuperset(names) else []
 
 
 def _build(recipe: PTQ4CLIP, layer: Layer, entry: MapEntry, found: Probe, text_rule: bool) -> QModule:

@@ -1,0 +1,188 @@
+"""Channels are equalised by powers of two, and the float network stays what it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lit_clipq.api import quantize
+from lit_clipq.calibration.layer_search import SearchOptions
+from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
+from lit_clipq.models import encode_image, encode_text, fold_batchnorm, load_clip, make_explicit
+from lit_clipq.nn.quantizer import UniformQuantizer
+from lit_clipq.recipes import PTQ4CLIP, BasePTQ, BitWidths, PTQ4CLIPPaper
+from lit_clipq.recipes.equalize import Channels, expected_error
+from tests.models.conftest import CONFIGS, build
+
+TEXTS = ["a red star", "two blue cups on sand", "a big green tree to the left of a small black house", "a fish"]
+BITS = BitWidths.resolve({"bits": 8})
+WITHOUT_ROUNDING = BitWidths.resolve({"bits": 16})
+
+
+def pairs(clip, seed=0):
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+    return images, clip.preprocessing.tokenizer(TEXTS)
+
+
+def equalised(model, batch, recipe=None):
+    """Return the float network that calibration swapped layers into, the factors of LayerNorm gains, and the report."""
+    plain = copy.deepcopy(model).eval()
+    fold_batchnorm(plain)
+    make_explicit(plain)
+    changed = copy.deepcopy(model)
+    report = quantize(changed, [batch], recipe or PTQ4CLIP(bits=BITS))
+    gains = {
+        name: plain.get_parameter(f"{name}.weight") / module.weight
+        for name, module in changed.named_modules()
+        if isinstance(module, nn.LayerNorm)
+    }
+    return plain, changed, gains, report
+
+
+EVERY = pytest.mark.parametrize("run", ["mini-vit", "mini-vit-outlier", "mini-resnet"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def run(request):
+    clip = load_clip(getattr(request, "param", "mini-vit-outlier"), "mini")
+    return clip, *equalised(clip.model, pairs(clip))
+
+
+@EVERY
+def test_factors_are_powers_of_two_and_norms_between_blocks_stay(run):
+    _, _, _, gains, report = run
+    moved = {norm for norm, gain in gains.items() if bool((gain != 1).any())}
+    assert moved
+    assert all("resblocks" in norm for norm in moved)
+    assert {f"clip.{norm}" for norm in moved} <= set(report.equalized)
+    exponents = torch.cat([gain.log2() for gain in gains.values()])
+    assert torch.equal(exponents, exponents.round())
+    assert all(0 < error < 1 for error in report.equalized.values())
+
+
+def test_planted_outliers_are_found_and_taken_back(run):
+    _, plain, _, gains, report = run
+    assert len(report.equalized) == 24  # two LayerNorms and an attention in each of eight blocks
+    assert max(report.equalized.values()) < 0.1
+    original = load_clip("mini-vit", "mini").model.state_dict()
+    for norm, gain in gains.items():
+        if "resblocks" in norm:
+            planted = plain.get_parameter(f"{norm}.weight") / original[f"{norm}.weight"]
+            found = gain.log2() - gain.log2().median()
+            assert bool((found[planted >= 16] >= planted[planted >= 16].log2() - 2).all())
+
+
+@EVERY
+def test_gains_that_were_divided_and_weights_that_were_multiplied_belong_together(run):
+    clip, _, changed, _, _ = run
+    images, texts = pairs(clip, seed=1)
+    with torch.no_grad():
+        for encode, x in ((encode_image, images), (encode_text, texts)):
+            float_, rounded = encode(clip.model, x), encode(changed, x)
+            assert ((rounded - float_).norm() / float_.norm()).item() < 0.1
+
+
+class Reading(nn.Module):
+    """A block whose second layer reads the LayerNorm that the residual stream also takes, as in post-norm networks."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.before, self.inner = nn.LayerNorm(width), nn.Linear(width, width)
+        self.after, self.outer = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        x = x + self.inner(self.before(x))
+        x = self.after(x)
+        return x + self.outer(x)
+
+
+def test_channels_that_something_else_reads_stay(caplog):
+    torch.manual_seed(0)
+    network = nn.ModuleDict({"blocks": nn.ModuleList([Reading(16), Reading(16)])}).eval()
+    for block in network["blocks"]:
+        for norm in (block.before, block.after):
+            norm.weight.data[3] = 50
+    original = copy.deepcopy(network)
+    x = torch.randn(6, 16)
+
+    def forward(batch):
+        for block in network["blocks"]:
+            batch = block(batch)
+        return batch
+
+    before = forward(x)
+    report = quantize({"net": network}, [x], PTQ4CLIP(bits=BITS), forward=forward)
+    assert sorted(report.equalized) == ["net.blocks.0.before", "net.blocks.1.before"]
+    assert "net.blocks.0.after makes stay as they are, as something else reads them (2 of 4)" in caplog.text
+    for now, then in zip(network["blocks"], original["blocks"], strict=True):
+        assert torch.equal(now.after.weight, then.after.weight)
+        assert torch.equal(now.after.bias, then.after.bias)
+        assert now.before.weight[3] < then.before.weight[3]
+    assert (forward(x) - before).norm() < 0.05 * before.norm()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_towers_of_every_kind_compute_what_they_did(kind):
+    """At 16 bits a channel that was divided and not multiplied again would show, rounding does not."""
+    model = build(CONFIGS[kind])
+    size = 64 if kind == "resnet" else 32
+    images = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    texts = torch.randint(8, 58, (3, model.context_length), generator=torch.Generator().manual_seed(2))
+    texts[:, 0], texts[:, -1] = 1, 7 if kind == "custom_text_eos" else 59
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.weight.data[1] = 30
+    search = SearchOptions(distance="l2")  # with gains of 30, softmax leaves three samples hardly any gradient
+    exclude = ("clip.text_decoder.*",) if kind == "coca" else ()
+    recipe = PTQ4CLIP(bits=WITHOUT_ROUNDING, exclude=exclude, search=search)
+    with torch.no_grad():
+        before = encode_image(model, images), encode_text(model, texts)
+        report = quantize(model, [(images, texts)], recipe)
+        after = encode_image(model, images), encode_text(model, texts)
+    assert report.equalized
+    for x, y in zip(before, after, strict=True):
+        assert (x - y).norm() < 2e-3 * x.norm()
+
+
+def test_only_layers_that_are_quantized_decide():
+    clip = load_clip("mini-vit-outlier", "mini")
+    recipe = PTQ4CLIP(bits=BITS, include=("clip.visual.*",))
+    _, _, gains, report = equalised(clip.model, pairs(clip), recipe)
+    assert all(name.startswith("clip.visual.") for name in report.equalized)
+    assert all(bool((gain == 1).all()) for norm, gain in gains.items() if not norm.startswith("visual."))
+
+
+@pytest.mark.parametrize("recipe", [PTQ4CLIPPaper, BasePTQ])
+def test_published_recipes_leave_the_network_as_it_is(recipe):
+    assert not recipe().equalize
+    assert PTQ4CLIP().equalize
+
+
+def test_channels_that_are_zero_are_left_alone():
+    clip = load_clip("mini-vit-outlier", "mini")
+    norm = clip.model.visual.transformer.resblocks[1].ln_2
+    norm.weight.data[5] = norm.bias.data[5] = 0
+    _, changed, _, report = equalised(clip.model, pairs(clip))
+    assert "clip.visual.transformer.resblocks.1.ln_2" in report.equalized
+    assert all(bool(p.isfinite().all()) for p in changed.state_dict().values() if p.is_floating_point())
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (8, 4), (6, 32), (32, 6)])
+def test_the_expected_error_is_what_min_max_grids_make(weight_bits, activation_bits):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 64, generator=generator) * torch.logspace(-1, 0.5, 64)
+    weight = torch.randn(48, 64, generator=generator)
+    factors = torch.stack([torch.ones(64), 2.0 ** torch.randint(-2, 3, (64,), generator=generator)]).double()
+    found = expected_error(weight, Channels.of(x), weight_bits, activation_bits, factors)
+    for factor, expected in zip(factors.float(), found, strict=True):
+        rounded = []
+        sides = ((x / factor, activation_bits, PerTensor()), (weight * factor, weight_bits, PerChannel(0)))
+        for side, bits, granularity in sides:
+            if bits != 32:
+                grid = UniformQuantizer(bits, symmetric=isinstance(granularity, PerChannel), granularity=granularity)
+                grid.set_range(*extrema(side, granularity))
+                side = grid(side)
+            rounded.append(side)
+        actual = (rounded[0] @ rounded[1].T - x @ weight.T).square().sum(1).mean()
+        assert actual.item() == pytest.approx(float(expected), rel=0.15)
