@@ -38,6 +38,7 @@ VARIANTS = {
     "no weighting (L2)": ["--quantize.options.search.distance=l2"],
     "cosine": ["--quantize.options.search.distance=cosine"],
     "L1": ["--quantize.options.search.distance=l1"],
+    "channels not equalised": ["--quantize.options.equalize=false"],
     "start token quantized": ["--quantize.options.start_token=false"],
     "positions behind the end token counted": ["--quantize.options.end_token=false"],
     "sequential order": ["--quantize.options.sequential=true"],
