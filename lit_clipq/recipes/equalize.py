@@ -146,10 +146,10 @@ def expected_error(weight: Tensor, seen: Channels, weight_bits: int, activation_
         error += (noise * factors.square()) @ weight.square().sum(0, dtype=torch.float64).cpu()
     if weight_bits != FLOAT_BITS:
         grid = UniformQuantizer(weight_bits, symmetric=True, granularity=PerChannel(0))
-        for i, (factor, mean) in enumerate(zip(factors.to(weight), power.to(weight), strict=True)):
-            multiplied = rows * factor
-            grid.set_range(*extrema(multiplied, grid.granularity))
-            error[i] += stand_for * float((grid(multiplied) - multiplied).square_().sum(0) @ mean)
+        multiplied = (rows * factors.to(rows)[:, None]).flatten(0, 1)  # (K rows, channels)
+        grid.set_range(*extrema(multiplied, grid.granularity))
+        squares = (grid(multiplied) - multiplied).square_().unflatten(0, (len(factors), -1)).sum(1)
+        error += stand_for * (squares.cpu() * power).sum(1)
     return error
 
 
