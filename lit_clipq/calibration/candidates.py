@@ -3,6 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,8 +74,7 @@ class UniformCandidates(Candidates):
         self.zero = int(quantizer._need("zero_point")) if not self.scale.dim() else None
         self.count = len(multipliers)
         self.channels = len(segments) or self.scale.numel()
-        nearest = int((multipliers - 1).abs().argmin())
-        self.start = torch.full((self.channels,), nearest, device=device)
+        self.start = torch.full((self.channels,), _nearest(multipliers), device=device)
         sizes = torch.tensor(segments, dtype=torch.int64)
         self.segment_of = torch.repeat_interleave(sizes).to(device) if segments else None
 
@@ -115,7 +115,7 @@ class UniformCandidates(Candidates):
             zero = 0
         elif zero is None:
             zero = self.zero_point.view(self._spread(x))
-        return x.mul(1.0 / scale).round_().clamp_(q.qmin - zero, q.qmax - zero).mul_(scale)
+        return x.mul(scale.reciprocal()).round_().clamp_(q.qmin - zero, q.qmax - zero).mul_(scale)
 
     def _spread(self, x: Tensor) -> list[int]:
         """Return the shape in which values of the scale shape meet `x`."""
@@ -127,6 +127,12 @@ class UniformCandidates(Candidates):
     def commit(self, index: Tensor) -> None:
         """Set the scaled grids."""
         self.quantizer.load_parameters(self.scale_of(index), self.zero_point)
+
+
+@lru_cache
+def _nearest(multipliers: Tensor) -> int:
+    """Return which of the multipliers is nearest to 1; they are known by identity."""
+    return int((multipliers - 1).abs().argmin())
 
 
 class SoftmaxCandidates(Candidates):

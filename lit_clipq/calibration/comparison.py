@@ -79,7 +79,7 @@ class Comparison:
             if not len(o.keys):
                 continue
             for a, b, found in self._sums(o, first, second, per_channel, step):
-                sums[a, b] += found.to(self.device)
+                sums[a, b].add_(found)
         family = self._family(0, step)
         if family is not None and per_channel:
             sums = family.pooled(sums)

@@ -333,8 +333,8 @@ class LayerSearch:
             o = self.data[number].select(part)
             target = cast(Tensor, o.target)
             if noise is not None:
-                noise[0] += torch.linalg.vector_norm(target).double() ** 2
-                noise[1] += torch.dist(output, target).double() ** 2
+                noise[0].add_(torch.linalg.vector_norm(target).double().square_())
+                noise[1].add_(torch.dist(output, target).double().square_())
             total += distance_sums(
                 output, target, o.weight, self.options.distance, axis=channel_axis(target), per_channel=False
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -102,9 +103,9 @@ class Draw:
     _drawn: dict[int, list[Observations]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._matter = [_matters(o, cost) for o, cost in zip(self.data, self.costs, strict=True)]
+        matters = [_matters(o, cost) for o, cost in zip(self.data, self.costs, strict=True)]
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # units, elements of their outputs, costs
-        for o, cost, matter in zip(self.data, self.costs, self._matter, strict=True):
+        for o, cost, matter in zip(self.data, self.costs, matters, strict=True):
             target, number = _known(o.target), matter.sum()
             if target.dim() == 3:  # of scores the columns behind the end of a text do not count either
                 elements = (target.count_nonzero(dim=2) * matter).sum()
@@ -114,10 +115,11 @@ class Draw:
             totals += torch.stack([x.to(totals) for x in sums])
         units, elements, cost = sum_over_ranks(totals).tolist()
         self.mean_cost = cost / max(units, 1) if cost > 0 else 0.0
+        self._relative = [self._in_means(*part) for part in zip(self.data, self.costs, matters, strict=True)]
         rates = torch.exp2(torch.arange(_STEPS, dtype=torch.float64, device=self.device) / 2) * _LOWEST_RATE
         expected = torch.zeros(2, _STEPS, dtype=torch.float64, device=self.device)  # number, sum c^2 (1 / p - 1)
-        for o, cost, matter in zip(self.data, self.costs, self._matter, strict=True):
-            for relative in self._relative(o, cost, matter)[matter].split(_AT_ONCE):
+        for costs, matter in zip(self._relative, matters, strict=True):
+            for relative in costs[matter].split(_AT_ONCE):
                 chance = _chance(relative, rates[:, None])
                 expected[0] += chance.sum(1)
                 expected[1] += (relative.square() * (1 / chance - 1)).sum(1)
@@ -139,7 +141,7 @@ class Draw:
             return list(self.data)
         if step not in self._drawn:
             rate = self._rates[step]
-            everything = zip(self.data, self.costs, self._matter, strict=True)
+            everything = zip(self.data, self._relative, self._hashes, strict=True)
             self._drawn[step] = [self._draw(*part, rate) for part in everything]
         return self._drawn[step]
 
@@ -149,21 +151,29 @@ class Draw:
     def _step(self, error: float) -> int:
         return next((i for i, found in enumerate(self._errors) if found <= error), _STEPS - 1)
 
-    def _relative(self, o: Observations, cost: Tensor, matter: Tensor) -> Tensor:
+    @cached_property
+    def _hashes(self) -> list[Tensor]:
+        """A number 0 .. 1 for each unit, float64 of the shape of its costs."""
+        hashes = []
+        for o, cost in zip(self.data, self.costs, strict=True):
+            keys = hashed(o.keys)  # hashed once more: a share of the tokens was drawn by this already
+            if cost.dim() == 2:
+                keys = keys[:, None] * _ROWS + torch.arange(cost.shape[1], device=cost.device)
+            hashes.append(hashed(keys).double() / 2**31)
+        return hashes
+
+    def _in_means(self, o: Observations, cost: Tensor, matter: Tensor) -> Tensor:
         """Return costs in units of their mean over all ranks, 1 each without gradients, float64."""
         if o.weight is None or not self.mean_cost:
             return matter.double()
         return (cost.double() / self.mean_cost).clamp_(min=_FLOOR).mul_(matter)
 
-    def _draw(self, o: Observations, cost: Tensor, matter: Tensor, rate: float) -> Observations:
+    def _draw(self, o: Observations, relative: Tensor, hashes: Tensor, rate: float) -> Observations:
         if not len(o.keys):
             return o
-        keys = hashed(o.keys)  # hashed once more below: a share of the tokens was drawn by this already
-        if cost.dim() == 2:
-            keys = keys[:, None] * _ROWS + torch.arange(cost.shape[1], device=cost.device)
-        chance = _chance(self._relative(o, cost, matter), rate)
-        chosen = hashed(keys).double() / 2**31 < chance
-        if cost.dim() == 1:
+        chance = _chance(relative, rate)
+        chosen = hashes < chance
+        if relative.dim() == 1:
             drawn, weights = o.select(chosen), 1 / chance[chosen]
         elif self.convolution is not None:
             drawn, weights = self._patches(o, chosen), 1 / chance[chosen]

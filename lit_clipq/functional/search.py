@@ -5,6 +5,7 @@ tables (M, C): a row for each offer. Nothing here reads a value back from the de
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from torch import Tensor
 Evaluate = Callable[[Tensor], Tensor]
 
 
+@lru_cache
 def linear_multipliers(count: int, low: float = 0.01, high: float = 1.2) -> Tensor:
     """Return `count` factors from `low` to `high`, both included, float32; the one nearest to 1 is 1 exactly.
 
-    So the min-max grid itself is a candidate, and a search from there never ends behind it.
+    So the min-max grid itself is a candidate, and a search from there never ends behind it. Every call returns the same
+    tensor, which must not be written to.
 
     Example:
         >>> factors = linear_multipliers(100)
