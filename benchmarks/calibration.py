@@ -77,9 +77,9 @@ class Block:
     gradient: Tensor
 
     def run(self) -> None:
-        """One forward and one backward pass."""
+        """One forward and one backward pass, back to the first layer that is recorded."""
         with torch.enable_grad():
-            self.module(self.entering.detach().requires_grad_()).backward(self.gradient)
+            self.module(self.entering).backward(self.gradient)
 
 
 def blocks_of(loaded: LoadedCLIP, images: Tensor, numbers: Sequence[int]) -> dict[int, Block]:
