@@ -67,15 +67,16 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a network in place, after training, from a few unlabelled batches.
 
-    Attention is made explicit and BatchNorm folded first (the function stays the same), then the layers are swapped,
-    calibrated and frozen. If calibration fails the float layers are put back.
+    Attention is made explicit and BatchNorm folded first, and some recipes equalise channels (the function stays the
+    same); then the layers are swapped, calibrated and frozen. If calibration fails the float layers are put back.
 
     Args:
         model: A CLIP, called `clip` in layer names, or named networks.
         batches: Calibration batches. For a CLIP (images, texts): float (B, 3, H, W) and int64 (B, L), either may be
             `None`. They are read into memory once, however many passes follow.
         recipe: What to do.
-        forward: Runs the networks on a batch; by default both towers of the CLIP.
+        forward: Runs the networks on a batch and returns what matters, a tensor or tensors by name; by default both
+            towers of the CLIP. Recipes without gradients and equalising take any result.
         dry_run: Only plan and measure; no layer is swapped.
         memory_limit_bytes: Bound on what calibration stores beside the model; `None` is no bound.
         progress: Told the name of each layer whose search is done, how many are, and of how many.

@@ -47,6 +47,7 @@ class Calibration:
         results: How the search of each layer went, where the recipe searches.
         equalized: By the name of what makes channels that were equalised: expected error over that without.
         progress: Told the name of each layer that is done.
+        on_undo: What else `undo` takes back, the last first.
     """
 
     roots: Mapping[str, nn.Module]
@@ -61,6 +62,7 @@ class Calibration:
     results: dict[str, LayerResult] = field(default_factory=dict)
     equalized: dict[str, float] = field(default_factory=dict)
     progress: Callable[[str], None] = lambda _: None
+    on_undo: list[Callable[[], None]] = field(default_factory=list)
 
     def swap(self, build: Callable[[Layer, MapEntry], QModule]) -> dict[str, QModule]:
         """Replace the layers that the plan quantizes by `build(layer, its entry)`; returns them by name."""
@@ -70,9 +72,11 @@ class Calibration:
         return self.modules
 
     def undo(self) -> None:
-        """Put the float layers back."""
+        """Put the float layers back, as they were."""
         unswap(self.roots, self.layers, self.modules)
         self.modules = {}
+        while self.on_undo:
+            self.on_undo.pop()()
 
     @property
     def device(self) -> torch.device:

@@ -105,7 +105,7 @@ def named_outputs(outputs: Any) -> Mapping[str, Tensor]:
         return outputs
     raise CalibrationError(
         f"expected a calibration forward that returns tensors by name, got {type(outputs).__name__}; return the "
-        "outputs that matter"
+        "outputs that matter, or set equalize to false and take another distance"
     )
 
 

@@ -68,6 +68,7 @@ class Artefact:
             memory_bytes=0,
             samples=self.content["calibration"]["samples"],
             layers={},
+            equalized=self.content.get("equalized", {}),
         )
 
 

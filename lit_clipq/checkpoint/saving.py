@@ -71,6 +71,7 @@ def save_quantized(
         "model": identity.to_json(),
         "recipe": {"name": name_of(recipe), "options": asdict(recipe)},
         "calibration": {"samples": report.samples, "seconds": report.seconds, "passes": report.passes},
+        "equalized": report.equalized,
         "size_bytes": {"float": report.float_bytes, "quantized": report.quantized_bytes},
         "map": report.map.to_json(),
         "modules": describe_modules(roots),

@@ -14,6 +14,7 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 class ExplicitGPT2(ExplicitAttention):
     """Counterpart of transformers' `GPT2Attention`: causal, with a cache of keys and values."""
 
+    hands_on_values = True
     layer_idx: int
     resid_dropout: nn.Module
 

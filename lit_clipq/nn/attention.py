@@ -5,6 +5,7 @@ and of quantization. `ExplicitAttention` computes the same function from parts t
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,8 @@ class ExplicitAttention(nn.Module):
         ValueError: Where the names of the projections are none of the three sets.
     """
 
+    hands_on_values: ClassVar[bool] = False
+    """Whether others than `av` get to see the values, in a cache."""
     qkv_proj: nn.Module
     q_proj: nn.Module
     kv_proj: nn.Module

@@ -2,8 +2,8 @@
 
 Dividing channel j by r_j where it is made, and multiplying it by r_j in the weights that read it, leaves the function
 as it is: `y = (x / r) (r W)^T`. It moves range from an activation, whose channels share one grid, into the weights, as
-SmoothQuant does (arXiv 2211.10438). With powers of two nothing is rounded, so that running the network proves whether
-a channel may be scaled: its outputs must stay the same to the bit.
+SmoothQuant does (arXiv 2211.10438). With powers of two nothing is rounded, so that running the network tells whether a
+channel may be scaled: the outputs of calibration must stay the same to the bit.
 """
 
 import itertools
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _SHARES = torch.linspace(0, 1, 9, dtype=torch.float64)
 _ROWS = 256  # of a weight, at least, that stand for all
-_LARGEST_EXPONENT = 12  # far from the ends of float32 and float16
+_LARGEST_EXPONENT = 12  # far from the ends of float32
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,30 @@ class Link:
 
 
 @torch.no_grad()
-def equalize(calibration: Calibration, *, end_token: bool, drop_start: bool) -> dict[str, float]:
+def equalize(
+    calibration: Calibration, *, end_token: bool, drop_start: bool, per_channel: bool = True
+) -> dict[str, float]:
     """Equalise, in place, the channels behind the LayerNorms and within the attentions of every block.
 
-    Of a channel with magnitude m_j over the calibration set and largest weight w_j, r_j is `m_j^a / w_j^(1 - a)`,
-    rounded to a power of two. Of nine a between 0 and 1, and of no scaling at all, the one with the least
-    `expected_error` is taken. What leaves a block is left alone: later parts of the network, or tasks, may read it.
+    Of a channel with magnitude m_j over the calibration set and largest weight w_j, r_j is `m_j^a / w_j^(1 - a)` over
+    its median, rounded to a power of two from 2^-12 to 2^12. Of nine a between 0 and 1, and of no scaling at all, the
+    one with the least `expected_error` of the readers is taken. A LayerNorm whose reader is no member of the same list
+    of modules is left alone: what stands between blocks or ends a tower is read by tasks, too. So are values that an
+    attention hands on to a cache, and all values where the channels of a weight share a scale.
+
+    Where the outputs change, something else reads the channels; halves are then tried by themselves, with a run of one
+    batch each, until those that can stay are found. `calibration.undo` takes everything back.
 
     Args:
         calibration: Networks in float, before their layers are swapped.
         end_token: Whether positions behind a text's end are left out.
         drop_start: Whether the first position of texts is left out.
+        per_channel: Whether each row of a weight gets a scale of its own.
 
     Returns:
         By the name of what makes the channels: expected error over that without scaling.
     """
-    before, links, channels = _look(calibration, end_token, drop_start)
+    before, links, channels = _look(calibration, end_token, drop_start, values=per_channel)
     modules, widths = _modules(calibration), {entry.name: entry for entry in calibration.plan.quantized}
     chosen: dict[Link, tuple[Tensor, float]] = {}
     for link in links:
@@ -95,7 +104,7 @@ def equalize(calibration: Calibration, *, end_token: bool, drop_start: bool) -> 
         for name, reader in zip(link.readers, readers, strict=True):
             if name in widths:
                 bits = widths[name].weight_bits or FLOAT_BITS, widths[name].activation_bits
-                errors += expected_error(*reader, *bits, offers)
+                errors += expected_error(*reader, *bits, offers, per_channel=per_channel)
         best = int(errors.argmin())
         if best:
             chosen[link] = offers[best], float(errors[best] / errors[0])
@@ -112,7 +121,15 @@ def equalize(calibration: Calibration, *, end_token: bool, drop_start: bool) -> 
     return {link.maker: chosen[link][1] for link in kept}
 
 
-def expected_error(weight: Tensor, seen: Channels, weight_bits: int, activation_bits: int, factors: Tensor) -> Tensor:
+def expected_error(
+    weight: Tensor,
+    seen: Channels,
+    weight_bits: int,
+    activation_bits: int,
+    factors: Tensor,
+    *,
+    per_channel: bool = True,
+) -> Tensor:
     """Predict the squared error of a layer's output from min-max grids, of rows on average.
 
     Errors of channels are taken as independent of each other. That of an input with step S is noise of variance
@@ -122,9 +139,10 @@ def expected_error(weight: Tensor, seen: Channels, weight_bits: int, activation_
     Args:
         weight: Shape (out, channels).
         seen: What the layer reads.
-        weight_bits: Width of the weight, with a symmetric grid for each row; 32 is float.
+        weight_bits: Width of the weight, with symmetric grids; 32 is float.
         activation_bits: Width of the input, with one affine grid; 32 is float.
         factors: Shape (K, channels), float64 on the CPU: by what channels are divided.
+        per_channel: Whether each row of the weight has a grid of its own; else one serves all.
 
     Returns:
         Shape (K,), float64 on the CPU.
@@ -146,9 +164,10 @@ def expected_error(weight: Tensor, seen: Channels, weight_bits: int, activation_
         error += (noise * factors.square()) @ weight.square().sum(0, dtype=torch.float64).cpu()
     if weight_bits != FLOAT_BITS:
         grid = UniformQuantizer(weight_bits, symmetric=True, granularity=PerChannel(0))
-        multiplied = (rows * factors.to(rows)[:, None]).flatten(0, 1)  # (K rows, channels)
+        multiplied = rows * factors.to(rows)[:, None]  # (K, rows, channels)
+        multiplied = multiplied.flatten(0, 1) if per_channel else multiplied.flatten(1)  # (grids, what they serve)
         grid.set_range(*extrema(multiplied, grid.granularity))
-        squares = (grid(multiplied) - multiplied).square_().unflatten(0, (len(factors), -1)).sum(1)
+        squares = (grid(multiplied) - multiplied).square_().view(len(factors), *rows.shape).sum(1)
         error += stand_for * (squares.cpu() * power).sum(1)
     return error
 
@@ -210,7 +229,7 @@ class _Watch:
 
 
 def _look(
-    calibration: Calibration, end_token: bool, drop_start: bool
+    calibration: Calibration, end_token: bool, drop_start: bool, *, values: bool
 ) -> tuple[list[Tensor], list[Link], dict[str, Channels]]:
     """Run the calibration set once.
 
@@ -224,7 +243,7 @@ def _look(
         linear=linear,
         text={layer.name for layer in calibration.layers if layer.tower == "text"},
         rows=Rows(torch.zeros(0, dtype=torch.int64), drop_start=drop_start),
-        makers=dict(_attention_links(modules, linear)),
+        makers=dict(_attention_links(modules, linear)) if values else {},
     )
     outputs: list[Tensor] = []
     examples = list(one_of_each_kind(calibration.batches))
@@ -240,6 +259,7 @@ def _look(
             found = named_outputs(calibration.forward(batch))
             if any(batch is example for example in examples):
                 outputs += found.values()
+                examples = [example for example in examples if example is not batch]
     readers: dict[tuple[str, int], set[str]] = {}
     everywhere: dict[str, Channels] = {}
     for makers, channels in gather((watch.makers, watch.channels)):
@@ -258,7 +278,9 @@ def _attention_links(
 ) -> Iterator[tuple[str, tuple[str, int]]]:
     """Yield (output projection, (projection to the values, first row of it)) of the attentions that are written out."""
     for module in modules.values():
-        if isinstance(module, ExplicitAttention) and isinstance(module.out_proj, nn.Linear):
+        if not isinstance(module, ExplicitAttention) or module.hands_on_values:
+            continue
+        if isinstance(module.out_proj, nn.Linear):
             maker = next(module._modules[name] for name in ("qkv_proj", "kv_proj", "v_proj") if name in module._modules)
             if maker in linear and module.out_proj in linear and isinstance(maker, nn.Linear):
                 first = maker.out_features - module.out_proj.in_features
@@ -279,10 +301,11 @@ def _scale(calibration: Calibration, chosen: Sequence[tuple[Link, Tensor]], befo
     modules = _modules(calibration)
     for link, factors in chosen:
         _move(modules, link, factors)
+        calibration.on_undo.append(partial(_move, modules, link, 1 / factors))
     if all(gather(_same(calibration, before))):
         return [link for link, _ in chosen]
-    for link, factors in chosen:
-        _move(modules, link, 1 / factors)
+    for _ in chosen:
+        calibration.on_undo.pop()()
     middle = len(chosen) // 2
     halves = (chosen[:middle], chosen[middle:]) if middle else ()
     return [link for half in halves for link in _scale(calibration, half, before)]
@@ -294,6 +317,7 @@ def _same(calibration: Calibration, before: Sequence[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+@torch.no_grad()
 def _move(modules: Mapping[str, nn.Module], link: Link, factors: Tensor) -> None:
     """Divide channels where they are made, and multiply the weights that read them."""
     rows = slice(link.first, link.first + len(factors))

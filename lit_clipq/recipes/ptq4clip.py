@@ -158,7 +158,9 @@ def apply(recipe: PTQ4CLIP, calibration: Calibration) -> None:
     found = joined(gather(found))
     text_rule, start = has_text_rule(calibration), _start_products(recipe, calibration)
     if recipe.equalize:
-        calibration.equalized = equalize(calibration, end_token=recipe.end_token, drop_start=bool(start))
+        calibration.equalized = equalize(
+            calibration, end_token=recipe.end_token, drop_start=bool(start), per_channel=recipe.per_channel
+        )
     modules = calibration.swap(lambda layer, entry: _build(recipe, layer, entry, found, text_rule))
     keep_start_tokens({name: modules[name] for name in start}, calibration)
     run = _Run(recipe, calibration, frozenset(found.averages), text_rule, drop_start=bool(start))
