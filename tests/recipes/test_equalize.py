@@ -147,19 +147,21 @@ def test_channels_that_are_zero_are_left_alone():
     assert all(bool(p.isfinite().all()) for p in changed.state_dict().values() if p.is_floating_point())
 
 
+@pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(8, 8), (4, 8), (8, 4), (6, 32), (32, 6)])
-def test_the_expected_error_is_what_min_max_grids_make(weight_bits, activation_bits):
+def test_the_expected_error_is_what_min_max_grids_make(weight_bits, activation_bits, per_channel):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 64, generator=generator) * torch.logspace(-1, 0.5, 64)
     weight = torch.randn(48, 64, generator=generator)
     factors = torch.stack([torch.ones(64), 2.0 ** torch.randint(-2, 3, (64,), generator=generator)]).double()
-    found = expected_error(weight, Channels.of(x), weight_bits, activation_bits, factors)
+    found = expected_error(weight, Channels.of(x), weight_bits, activation_bits, factors, per_channel=per_channel)
     for factor, expected in zip(factors.float(), found, strict=True):
         rounded = []
-        sides = ((x / factor, activation_bits, PerTensor()), (weight * factor, weight_bits, PerChannel(0)))
-        for side, bits, granularity in sides:
+        rows = PerChannel(0) if per_channel else PerTensor()
+        sides = ((x / factor, activation_bits, PerTensor(), False), (weight * factor, weight_bits, rows, True))
+        for side, bits, granularity, symmetric in sides:
             if bits != 32:
-                grid = UniformQuantizer(bits, symmetric=isinstance(granularity, PerChannel), granularity=granularity)
+                grid = UniformQuantizer(bits, symmetric=symmetric, granularity=granularity)
                 grid.set_range(*extrema(side, granularity))
                 side = grid(side)
             rounded.append(side)
