@@ -31,14 +31,14 @@ from torch import Tensor, nn
 
 import lit_clipq
 from lit_clipq.calibration.collect import Observations, Rows, recording, without_parameter_gradients
-from lit_clipq.calibration.layer_search import LayerSearch, SearchOptions
 from lit_clipq.functional.granularity import PerChannel
-from lit_clipq.functional.search import linear_multipliers
 from lit_clipq.models import LoadedCLIP, encode_image, make_explicit
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QLinear, QMatMul, QModule
 from lit_clipq.nn.quantizer import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.recipes import BitWidths, make_recipe
+from lit_clipq.search.layer import LayerSearch, SearchOptions
+from lit_clipq.search.selection import linear_multipliers
 
 QUICKGELU_MINIMUM = -0.16361
 CANDIDATES, ROUNDS = 100, 3

@@ -19,10 +19,10 @@ import lit_clipq
 from benchmarks.timing import medians
 from lit_clipq.mini.world import picture
 from lit_clipq.models import LoadedCLIP, encode_image
-from lit_clipq.models.language import LoadedLanguageModel, load_language_model
-from lit_clipq.models.zerocap import Captioner, make_captioner
-from lit_clipq.models.zerocap_options import ZeroCapOptions, zerocap_options
 from lit_clipq.recipes import Vanilla
+from lit_clipq.zerocap.engine import Captioner, make_captioner
+from lit_clipq.zerocap.language import LoadedLanguageModel, load_language_model
+from lit_clipq.zerocap.options import ZeroCapOptions, zerocap_options
 
 POSITIONS, TIME, SAME = 10.0, 5.0, 0.99
 

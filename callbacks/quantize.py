@@ -17,7 +17,7 @@ from lit_clipq.api import QuantizationReport, preview, quantize
 from lit_clipq.checkpoint import Artefact, ModelIdentity, check_target, identify, read_artefact, save_quantized
 from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.recipes import BitWidths, Recipe, make_recipe, name_of
-from lit_clipq.recipes.bits import TOWERS
+from lit_clipq.recipes.widths import TOWERS
 
 log = logging.getLogger(__name__)
 

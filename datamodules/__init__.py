@@ -1,6 +1,5 @@
 """Data modules: one per family of data sets, each with a calibration set that is disjoint from its evaluation."""
 
-from datamodules.base import QuantDataModule
 from datamodules.captioning import (
     CocoCaptioning,
     Flickr8kCaptioning,
@@ -9,6 +8,7 @@ from datamodules.captioning import (
     MiniCaptionText,
 )
 from datamodules.coco import CocoRetrieval
+from datamodules.datamodule import QuantDataModule
 from datamodules.flickr import Flickr8kRetrieval, Flickr30kRetrieval
 from datamodules.imagenet import ImageFolderClassification, ImageNetV2
 from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval, MiniVQA

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from datamodules.base import QuantDataModule
-from datamodules.calibration import caption_tokens
+from datamodules.calibration_split import caption_tokens
 from datamodules.captions import read_captioned_folder
+from datamodules.datamodule import QuantDataModule
 from datamodules.images import Picture, list_pictures
 
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from datamodules.base import describe_absent
 from datamodules.captioned import CaptionedDataModule
 from datamodules.captions import KARPATHY_TRAIN, find_file, read_coco_captions, read_karpathy
+from datamodules.datamodule import describe_absent
 from datamodules.download import (
     COCO_ANNOTATIONS_2017,
     COCO_TRAIN_2014,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.base import QuantDataModule
 from datamodules.captions import find_folder, read_json
+from datamodules.datamodule import QuantDataModule
 from datamodules.download import IMAGENET_V2, Archive
 from datamodules.images import Picture, list_pictures
 from lit_clipq.errors import ConfigError, DataError

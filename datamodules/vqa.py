@@ -13,9 +13,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.base import QuantDataModule, describe_absent
-from datamodules.calibration import caption_tokens
+from datamodules.calibration_split import caption_tokens
 from datamodules.captions import find_file, read_captioned_folder
+from datamodules.datamodule import QuantDataModule, describe_absent
 from datamodules.download import (
     COCO_TRAIN_2014,
     COCO_VAL_2014,

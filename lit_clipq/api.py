@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.calibration.distributed import check_same_on_all_ranks, gather
 from lit_clipq.calibration.engine import Calibration, count_samples, one_of_each_kind, searched_layers
-from lit_clipq.calibration.layer_search import LayerResult
 from lit_clipq.calibration.profile import Profile, merged, profile
+from lit_clipq.distributed import check_same_on_all_ranks, gather
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, make_explicit
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import FLOAT_BITS, QuantizationMap, find_layers, towers
 from lit_clipq.recipes.base import Recipe, handler_of, name_of, plan
+from lit_clipq.search.layer import LayerResult
 
 log = logging.getLogger(__name__)
 

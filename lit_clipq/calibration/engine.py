@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.calibration.layer_search import LayerResult
 from lit_clipq.calibration.profile import Profile
 from lit_clipq.errors import CalibrationError
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.swap import Layer, MapEntry, QuantizationMap, swap, unswap
+from lit_clipq.search.layer import LayerResult
 
 _FLOAT_BYTES = 4
 _WORKING_COPIES = 3  # of a layer's operands and outputs in its search

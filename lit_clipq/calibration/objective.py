@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lit_clipq.calibration.collect import Observations
-from lit_clipq.calibration.distributed import gather
+from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
 
 log = logging.getLogger(__name__)

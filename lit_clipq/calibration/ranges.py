@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.collect import Rows, valid_operands
-from lit_clipq.calibration.distributed import gather
+from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerToken, extrema
 from lit_clipq.nn.modules import QModule

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from lit_clipq.calibration.distributed import gather
 from lit_clipq.calibration.engine import Calibration, one_of_each_kind
+from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores

@@ -9,7 +9,7 @@ from lit_clipq.checkpoint.artefact import Artefact, read_artefact
 from lit_clipq.checkpoint.folder import check_target
 from lit_clipq.checkpoint.identity import ModelIdentity, identify
 from lit_clipq.checkpoint.saving import load_quantized, save_quantized
-from lit_clipq.models.state import state_hash
+from lit_clipq.models.hashing import state_hash
 
 __all__ = [
     "Artefact",

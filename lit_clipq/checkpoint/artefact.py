@@ -11,7 +11,7 @@ from torch import nn
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint.folder import check_files, read_content, read_tensors
 from lit_clipq.checkpoint.identity import ModelIdentity
-from lit_clipq.checkpoint.state import install, restore_tensors
+from lit_clipq.checkpoint.tensors import install, restore_tensors
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models import fold_batchnorm, make_explicit
 from lit_clipq.nn.size import stored_bytes

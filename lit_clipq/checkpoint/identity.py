@@ -10,7 +10,7 @@ from typing import Any
 from lit_clipq.errors import ModelError
 from lit_clipq.models import LoadedCLIP
 from lit_clipq.models.configs import ModelConfig
-from lit_clipq.models.state import state_hash
+from lit_clipq.models.hashing import state_hash
 from lit_clipq.nn.modules import QModule
 
 VOCABULARY_FILE = "vocabulary.txt.gz"

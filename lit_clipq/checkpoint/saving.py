@@ -15,7 +15,7 @@ from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint.artefact import read_artefact
 from lit_clipq.checkpoint.folder import write_folder
 from lit_clipq.checkpoint.identity import ModelIdentity
-from lit_clipq.checkpoint.state import collect_tensors, describe_modules, quantized_modules
+from lit_clipq.checkpoint.tensors import collect_tensors, describe_modules, quantized_modules
 from lit_clipq.errors import ConfigError
 from lit_clipq.models import LoadedCLIP
 from lit_clipq.models.loading import build_clip

@@ -21,7 +21,7 @@ from lit_clipq.models import (
     text_token_mask,
     token_sizes,
 )
-from lit_clipq.models.state import network_hash
+from lit_clipq.models.hashing import network_hash
 from lit_clipq.paths import cache_dir
 
 logger = logging.getLogger(__name__)

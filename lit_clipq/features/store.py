@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch import distributed as dist
 
+from lit_clipq.distributed import gather
 from lit_clipq.errors import DataError
 from lit_clipq.features.key import FeatureKey
 from lit_clipq.features.shard import ShardReader, is_whole, row_bytes, write_shard
@@ -249,15 +249,6 @@ def _share(group: int) -> tuple[int, int]:
     groups = gather(group)
     rank = dist.get_rank() if len(groups) > 1 else 0
     return groups[:rank].count(group), groups.count(group)
-
-
-def gather(value: Any) -> list[Any]:
-    """Return the value of every process; alone, its own."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def decode(values: Tensor, scales: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:

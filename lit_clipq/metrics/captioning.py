@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lit_clipq.errors import DataError
-from lit_clipq.metrics.base import Evaluation, SampleKeyedMetric
 from lit_clipq.metrics.functional.cider import cider_d
 from lit_clipq.metrics.functional.overlap import corpus_bleu, rouge_l
 from lit_clipq.metrics.functional.ptb import ptb_tokens
 from lit_clipq.metrics.functional.scores import SampleScores
+from lit_clipq.metrics.keyed import Evaluation, SampleKeyedMetric
 
 
 class CIDEr(SampleKeyedMetric):

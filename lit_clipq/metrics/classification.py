@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lit_clipq.errors import DataError, ModelError
-from lit_clipq.metrics.base import Evaluation, SampleKeyedMetric
 from lit_clipq.metrics.functional.classification import label_ranks
 from lit_clipq.metrics.functional.expectation import expected_hits
 from lit_clipq.metrics.functional.rows import distinct_ids
 from lit_clipq.metrics.functional.scores import SampleScores
+from lit_clipq.metrics.keyed import Evaluation, SampleKeyedMetric
 
 
 class TopKAccuracy(SampleKeyedMetric):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lit_clipq.errors import DataError
-from lit_clipq.metrics.base import Evaluation, SampleKeyedMetric
 from lit_clipq.metrics.functional.retrieval import BLOCK_BYTES, retrieval_hits
 from lit_clipq.metrics.functional.rows import check_finite_rows, check_same_rows, distinct_ids, positions
 from lit_clipq.metrics.functional.scores import SampleScores
+from lit_clipq.metrics.keyed import Evaluation, SampleKeyedMetric
 
 
 class RetrievalRecall(SampleKeyedMetric):

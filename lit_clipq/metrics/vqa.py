@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lit_clipq.errors import DataError
-from lit_clipq.metrics.base import Evaluation, SampleKeyedMetric
 from lit_clipq.metrics.functional.rows import distinct_ids
 from lit_clipq.metrics.functional.scores import SampleScores
 from lit_clipq.metrics.functional.vqa import count_matches, vqa_scores
+from lit_clipq.metrics.keyed import Evaluation, SampleKeyedMetric
 
 TYPE_BYTES = 32
 _TYPE_ORDER = ("yes_no", "number", "other")

@@ -1,6 +1,6 @@
 """CLIP models: loading, explicit attention, BatchNorm folding, encoding, and the head that answers questions."""
 
-from lit_clipq.models.attention import ExplicitAttentionRecord, make_explicit
+from lit_clipq.models.attention.explicit import ExplicitAttentionRecord, make_explicit
 from lit_clipq.models.bn import fold_batchnorm
 from lit_clipq.models.encode import encode_image, encode_text, has_end_token_rule, text_lengths
 from lit_clipq.models.loading import LoadedCLIP, load_clip

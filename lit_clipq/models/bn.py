@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lit_clipq.errors import ModelError
-from lit_clipq.models.attention_parts import qualified_name
+from lit_clipq.models.attention.parts import qualified_name
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.errors import ModelError
-from lit_clipq.models.attention_parts import qualified_name
+from lit_clipq.models.attention.parts import qualified_name
 from lit_clipq.models.encode import end_token_tower
 
 HF_TEXT = "open_clip.hf_model.HFTextEncoder"

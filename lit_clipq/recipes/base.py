@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from lit_clipq.calibration.engine import Calibration
 from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry, QuantizationMap, select
-from lit_clipq.recipes.bits import BitWidths
+from lit_clipq.recipes.widths import BitWidths
 
 
 @dataclass(frozen=True)

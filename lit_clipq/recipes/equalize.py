@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.collect import Rows, valid_operands
-from lit_clipq.calibration.distributed import gather
 from lit_clipq.calibration.engine import Calibration, one_of_each_kind
 from lit_clipq.calibration.objective import named_outputs
+from lit_clipq.distributed import gather
 from lit_clipq.functional.granularity import PerChannel, extrema
 from lit_clipq.nn.attention import ExplicitAttention
 from lit_clipq.nn.quantizer import UniformQuantizer

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.collect import Observations, Rows, recording, without_parameter_gradients
-from lit_clipq.calibration.distributed import gather, rank, world_size
 from lit_clipq.calibration.emulation import emulated, rounded_weight
 from lit_clipq.calibration.engine import Calibration, Storage, one_of_each_kind, sample_counts, searched_layers
-from lit_clipq.calibration.layer_search import LayerResult, LayerSearch, SearchOptions
 from lit_clipq.calibration.objective import (
     back_propagate,
     check_gradients,
@@ -24,9 +22,9 @@ from lit_clipq.calibration.objective import (
 from lit_clipq.calibration.probe import Probe, joined, probe
 from lit_clipq.calibration.start_tokens import keep_start_tokens
 from lit_clipq.calibration.streams import in_turn
+from lit_clipq.distributed import gather, rank, world_size
 from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
-from lit_clipq.functional.search import coarse_to_fine
 from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.quantizer import LogQuantizer, Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
@@ -35,6 +33,8 @@ from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry
 from lit_clipq.recipes.base import Recipe, register
 from lit_clipq.recipes.equalize import equalize
 from lit_clipq.recipes.text import has_text_rule, measuring_texts
+from lit_clipq.search.layer import LayerResult, LayerSearch, SearchOptions
+from lit_clipq.search.selection import coarse_to_fine
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
 """Tasks people use CLIP for, as LightningModules that do not know about quantization."""
 
-from lit_clipq.tasks.base import ClipTask
 from lit_clipq.tasks.captioning import Captioning
 from lit_clipq.tasks.classification import ZeroShotClassification
 from lit_clipq.tasks.contrastive import ContrastiveTask
 from lit_clipq.tasks.language import LanguageModelling
 from lit_clipq.tasks.retrieval import Retrieval
+from lit_clipq.tasks.task import ClipTask
 from lit_clipq.tasks.vqa import VQA
 
 __all__ = [

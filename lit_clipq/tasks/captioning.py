@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import CIDEr
 from lit_clipq.models import encode_image
-from lit_clipq.models.language import load_language_model
-from lit_clipq.models.text_cache import MIN_ROWS
-from lit_clipq.models.zerocap import Captioner, make_captioner
-from lit_clipq.models.zerocap_options import zerocap_options
-from lit_clipq.tasks.base import ClipTask
 from lit_clipq.tasks.caption_log import CaptionLog
+from lit_clipq.tasks.task import ClipTask
+from lit_clipq.zerocap.engine import Captioner, make_captioner
+from lit_clipq.zerocap.language import load_language_model
+from lit_clipq.zerocap.options import zerocap_options
+from lit_clipq.zerocap.prefix_cache import MIN_ROWS
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Captioning(ClipTask):
         guided: whether CLIP takes part; else the captions are the language model's own.
         engine: `fast`, or `plain` for the method as published; the captions are the same.
         forbidden_tokens: `.npy` file of the ids of tokens that captions should not have.
-        options: further fields of `lit_clipq.models.zerocap_options.ZeroCapOptions` by name.
+        options: further fields of `lit_clipq.zerocap.options.ZeroCapOptions` by name.
 
     Raises:
         ConfigError: An unknown preset or option, or one outside its range.

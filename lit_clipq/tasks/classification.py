@@ -12,7 +12,7 @@ from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
-from lit_clipq.tasks.base import ClipTask
+from lit_clipq.tasks.task import ClipTask
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lit_clipq.models.language import load_language_model
 from lit_clipq.tasks.contrastive import export_weights
 from lit_clipq.tasks.schedule import adamw_with_cosine, check_schedule
+from lit_clipq.zerocap.language import load_language_model
 
 
 def next_token_loss(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import RetrievalRecall
 from lit_clipq.models import encode_image, encode_text
-from lit_clipq.tasks.base import ClipTask
+from lit_clipq.tasks.task import ClipTask
 
 
 class Retrieval(ClipTask):

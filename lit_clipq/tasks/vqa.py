@@ -27,8 +27,8 @@ from lit_clipq.models import (
     mcan_options,
     token_sizes,
 )
-from lit_clipq.models.state import network_hash, state_hash
-from lit_clipq.tasks.base import ClipTask
+from lit_clipq.models.hashing import network_hash, state_hash
+from lit_clipq.tasks.task import ClipTask
 from lit_clipq.tasks.vqa_head import HeadRecord, head_path, load_head, save_head
 
 logger = logging.getLogger(__name__)

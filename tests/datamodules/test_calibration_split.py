@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datamodules import CocoRetrieval
-from datamodules.calibration import choose_pictures, hold_out, permutation
+from datamodules.calibration_split import choose_pictures, hold_out, permutation
 from datamodules.images import Picture, load_rgb
 from lit_clipq.errors import CalibrationError, ConfigError, DataError
 

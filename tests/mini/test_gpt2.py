@@ -10,8 +10,8 @@ from lit_clipq.errors import ModelError
 from lit_clipq.mini.assets import LANGUAGE_MODEL_DIR, LANGUAGE_MODEL_HASH, language_model_path
 from lit_clipq.mini.gpt2 import training_text, write_files
 from lit_clipq.mini.world import picture_captions
-from lit_clipq.models.language import load_language_model
 from lit_clipq.tasks.language import next_token_loss
+from lit_clipq.zerocap.language import load_language_model
 
 
 def test_shipped_weights_are_the_recorded_ones_and_small():

@@ -9,7 +9,7 @@ from torch import nn
 from lit_clipq.api import quantize
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, load_clip, make_explicit
-from lit_clipq.models.attention_gpt2 import ExplicitGPT2
+from lit_clipq.models.attention.gpt2 import ExplicitGPT2
 from lit_clipq.nn.attention import ExplicitAttention
 from lit_clipq.nn.quantizer import UniformQuantizer
 from lit_clipq.recipes import PTQ4CLIP, BasePTQ, BitWidths, PTQ4CLIPPaper, ptq4clip

@@ -8,8 +8,8 @@ import torch
 from datamodules import MiniCaptionText
 from lit_clipq.errors import ConfigError
 from lit_clipq.mini.assets import LANGUAGE_MODEL_DIR
-from lit_clipq.models.language import load_language_model
 from lit_clipq.tasks.language import LanguageModelling, next_token_loss
+from lit_clipq.zerocap.language import load_language_model
 from tests.tasks.fakes import trainer
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from lit_clipq.calibration import comparison
 from lit_clipq.calibration.collect import Observations
-from lit_clipq.calibration.layer_search import LayerSearch, SearchOptions
-from tests.calibration.test_layer_search import MAKERS, observed
+from lit_clipq.search.layer import LayerSearch, SearchOptions
+from tests.search.test_layer import MAKERS, observed
 
 FIRST, SECOND = [20, 60, 82, 99], [[10], [50], [82]]
 

@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_clipq.calibration.candidates import CandidateGrid
 from lit_clipq.calibration.collect import Observations
-from lit_clipq.calibration.layer_search import LayerSearch, SearchOptions, summarise
-from lit_clipq.calibration.units import patches_of
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor
-from lit_clipq.functional.search import linear_multipliers
 from lit_clipq.nn.attention import QKVLinear
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul
 from lit_clipq.nn.quantizer import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
+from lit_clipq.search.candidates import CandidateGrid
+from lit_clipq.search.layer import LayerSearch, SearchOptions, summarise
+from lit_clipq.search.sampling import patches_of
+from lit_clipq.search.selection import linear_multipliers
 
 COUNT = 25
 PLAIN = {"exhaustive": True, "factored": False, "grid": CandidateGrid(count=COUNT)}

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clipq.models.candidates import CandidateTexts
-from lit_clipq.models.zerocap_options import ZeroCapOptions
-from lit_clipq.models.zerocap_steps import CaptionModel
+from lit_clipq.zerocap.candidate_texts import CandidateTexts
+from lit_clipq.zerocap.options import ZeroCapOptions
+from lit_clipq.zerocap.steps import CaptionModel
 
 
 class PlainZeroCap:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_clipq.models.attention_parts import make_linear, qualified_name, stack_linear
+from lit_clipq.models.attention.parts import make_linear, qualified_name, stack_linear
 from lit_clipq.nn.attention import ExplicitAttention, as_additive_mask, causal_mask
 
 CONV1D = "transformers.pytorch_utils.Conv1D"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_clipq.functional.granularity import PerChannel, PerTensor, PerToken
-from lit_clipq.functional.search import linear_multipliers
 from lit_clipq.functional.twin import gelu_fake_quantize, softmax_fake_quantize
 from lit_clipq.nn.quantizer import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
+from lit_clipq.search.selection import linear_multipliers
 
 
 class Candidates(ABC):

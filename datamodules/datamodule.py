@@ -14,7 +14,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.calibration import choose_pictures, hold_out
+from datamodules.calibration_split import choose_pictures, hold_out
 from datamodules.download import Archive, fetch
 from datamodules.images import EvaluationDataset, Picture, PictureDataset, are_files, usable_pictures
 from datamodules.sampler import ShardSampler

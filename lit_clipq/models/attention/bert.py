@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_clipq.models.attention_parts import qualified_name, stack_modules
+from lit_clipq.models.attention.parts import qualified_name, stack_modules
 from lit_clipq.nn.attention import ExplicitAttention, as_additive_mask
 
 

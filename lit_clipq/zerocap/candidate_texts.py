@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clipq.models.encode import encode_text, text_lengths
-from lit_clipq.models.text_cache import KeysValues, PrefixTextEncoder, filled_up
+from lit_clipq.zerocap.prefix_cache import KeysValues, PrefixTextEncoder, filled_up
 
 Context = tuple[int, ...]
 """Token ids of the language model."""

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lit_clipq.calibration.collect import Observations, hashed
-from lit_clipq.calibration.units import Draw, joined
+from lit_clipq.search.sampling import Draw, joined
 
 CPU = torch.device("cpu")
 
@@ -165,7 +165,7 @@ def test_a_convolution_with_few_patches_becomes_rows_though_all_are_taken(monkey
     torch.testing.assert_close(drawn.inputs[0] @ conv.weight.detach().flatten(1).T, drawn.target)
     torch.testing.assert_close(drawn.target, target.movedim(1, -1).flatten(0, 2))
     torch.testing.assert_close(drawn.weight, o.weight.movedim(1, -1).flatten(0, 2))
-    monkeypatch.setattr("lit_clipq.calibration.units._FEW_PATCHES", 0)
+    monkeypatch.setattr("lit_clipq.search.sampling._FEW_PATCHES", 0)
     draw = Draw([o], [o.weight.sum(1).flatten(1)], CPU, conv)
     assert not draw.by_rows(0.0)
     assert draw.about(0.0)[0] is o

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from lit_clipq.models.attention_gpt2 import CONV1D, ExplicitGPT2, linear_from_conv1d
-from lit_clipq.models.attention_hf import ExplicitBert
-from lit_clipq.models.attention_openclip import ExplicitMultihead, ExplicitOpenClip, ExplicitPool2d
-from lit_clipq.models.attention_parts import qualified_name
-from lit_clipq.models.attention_timm import ExplicitPoolLatent, ExplicitTimm, ExplicitTimmPlain
+from lit_clipq.models.attention.bert import ExplicitBert
+from lit_clipq.models.attention.gpt2 import CONV1D, ExplicitGPT2, linear_from_conv1d
+from lit_clipq.models.attention.openclip import ExplicitMultihead, ExplicitOpenClip, ExplicitPool2d
+from lit_clipq.models.attention.parts import qualified_name
+from lit_clipq.models.attention.timm import ExplicitPoolLatent, ExplicitTimm, ExplicitTimmPlain
 from lit_clipq.nn.attention import ExplicitAttention, Projection
 
 logger = logging.getLogger(__name__)

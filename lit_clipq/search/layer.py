@@ -9,16 +9,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lit_clipq.calibration.candidates import CandidateGrid, Candidates, UniformCandidates
 from lit_clipq.calibration.collect import Observations
-from lit_clipq.calibration.comparison import Comparison, channel_axis
-from lit_clipq.calibration.distributed import gather, sum_over_ranks
-from lit_clipq.calibration.units import Draw, factor_weights, joined, with_influence
+from lit_clipq.distributed import gather, sum_over_ranks
 from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
-from lit_clipq.functional.search import around, best_first, spaced, valley
 from lit_clipq.nn.modules import QConv2d, QModule, QWeighted
+from lit_clipq.search.candidates import CandidateGrid, Candidates, UniformCandidates
+from lit_clipq.search.losses import Comparison, channel_axis
+from lit_clipq.search.sampling import Draw, factor_weights, joined, with_influence
+from lit_clipq.search.selection import around, best_first, spaced, valley
 
 _CHANNELS = 192  # of a weight, evenly spread, that stand for all in the first tables
 _SPACING = 8  # of the candidates in them

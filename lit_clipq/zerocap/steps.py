@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clipq.errors import ModelError
-from lit_clipq.models.language import LoadedLanguageModel
-from lit_clipq.models.text_cache import filled_up
-from lit_clipq.models.zerocap_options import ZeroCapOptions, forbidden_tokens
+from lit_clipq.zerocap.language import LoadedLanguageModel
+from lit_clipq.zerocap.options import ZeroCapOptions, forbidden_tokens
+from lit_clipq.zerocap.prefix_cache import filled_up
 
 Cache = list[Tensor]
 """Keys and values of a text: those of the first layer, then of the second, and so on; each (R, H, T, d)."""

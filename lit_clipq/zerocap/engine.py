@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_clipq.models.candidates import CandidateTexts, RememberedTexts, SharedPrefixes, WholeTexts
-from lit_clipq.models.language import LoadedLanguageModel
-from lit_clipq.models.text_cache import why_not
-from lit_clipq.models.zerocap_options import ZeroCapOptions
-from lit_clipq.models.zerocap_plain import PlainZeroCap
-from lit_clipq.models.zerocap_steps import (
+from lit_clipq.zerocap.candidate_texts import CandidateTexts, RememberedTexts, SharedPrefixes, WholeTexts
+from lit_clipq.zerocap.language import LoadedLanguageModel
+from lit_clipq.zerocap.options import ZeroCapOptions
+from lit_clipq.zerocap.prefix_cache import why_not
+from lit_clipq.zerocap.reference import PlainZeroCap
+from lit_clipq.zerocap.steps import (
     Beams,
     Cache,
     CaptionModel,

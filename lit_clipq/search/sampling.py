@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clipq.calibration.collect import Observations, hashed
-from lit_clipq.calibration.distributed import sum_over_ranks
+from lit_clipq.distributed import sum_over_ranks
 
 _FEWEST_UNITS, _FEWEST_ELEMENTS = 24, 2**14  # of the output: what a comparison should see at least
 _FLOOR = 0.1  # of the mean cost: also units that seem not to matter are drawn sometimes

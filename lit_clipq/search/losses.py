@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_clipq.calibration.candidates import Candidates
 from lit_clipq.calibration.collect import Observations
-from lit_clipq.calibration.distributed import sum_over_ranks
+from lit_clipq.distributed import sum_over_ranks
 from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
 from lit_clipq.nn.modules import QModule, QWeighted
+from lit_clipq.search.candidates import Candidates
 
 _WORKSPACE = {"cpu": 2**20}  # elements of a table's outputs at a time: what a processor's cache holds
 _LARGE_WORKSPACE = 2**27

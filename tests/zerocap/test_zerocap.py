@@ -9,13 +9,13 @@ import torch.nn.functional as F
 import lit_clipq
 from lit_clipq.mini.world import picture
 from lit_clipq.models import encode_image, load_clip
-from lit_clipq.models.candidates import RememberedTexts, SharedPrefixes
-from lit_clipq.models.language import load_language_model
-from lit_clipq.models.zerocap import make_captioner
-from lit_clipq.models.zerocap_options import zerocap_options
-from lit_clipq.models.zerocap_plain import PlainZeroCap
-from lit_clipq.models.zerocap_steps import Beams, CaptionModel, guidance_loss, moved, next_log_probabilities
 from lit_clipq.recipes import PTQ4CLIP
+from lit_clipq.zerocap.candidate_texts import RememberedTexts, SharedPrefixes
+from lit_clipq.zerocap.engine import make_captioner
+from lit_clipq.zerocap.language import load_language_model
+from lit_clipq.zerocap.options import zerocap_options
+from lit_clipq.zerocap.reference import PlainZeroCap
+from lit_clipq.zerocap.steps import Beams, CaptionModel, guidance_loss, moved, next_log_probabilities
 
 FEW = {"prefix": "there is", "beams": 2, "candidates": 24, "iterations": 2, "max_tokens": 5}
 

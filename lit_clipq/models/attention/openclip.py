@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_clipq.models.attention_parts import make_linear, qualified_name, stack_linear, stack_modules
+from lit_clipq.models.attention.parts import make_linear, qualified_name, stack_linear, stack_modules
 from lit_clipq.nn.attention import ExplicitAttention, as_additive_mask
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.models.attention import explicit_counterpart
-from lit_clipq.models.attention_parts import qualified_name
+from lit_clipq.models.attention.explicit import explicit_counterpart
+from lit_clipq.models.attention.parts import qualified_name
 from lit_clipq.models.encode import end_token_root
 from lit_clipq.nn.attention import ExplicitAttention
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lit_clipq.functional.search import around, best_first, coarse_to_fine, linear_multipliers, spaced, valley
+from lit_clipq.search.selection import around, best_first, coarse_to_fine, linear_multipliers, spaced, valley
 
 COUNT, PROBLEMS = 100, 7
 

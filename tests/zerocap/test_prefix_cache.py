@@ -6,10 +6,10 @@ import torch.nn.functional as F
 
 import lit_clipq
 from lit_clipq.models import encode_text, load_clip
-from lit_clipq.models.candidates import SharedPrefixes, WordTokens
-from lit_clipq.models.language import load_language_model
-from lit_clipq.models.text_cache import PrefixTextEncoder, why_not
 from lit_clipq.recipes import PTQ4CLIP, Vanilla
+from lit_clipq.zerocap.candidate_texts import SharedPrefixes, WordTokens
+from lit_clipq.zerocap.language import load_language_model
+from lit_clipq.zerocap.prefix_cache import PrefixTextEncoder, why_not
 
 TEXTS = ["a picture of a red circle", "a picture of a star", "a picture of two houses, one is blue"] * 3
 

@@ -11,9 +11,9 @@ from torch import nn
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.mini.assets import language_model_path
 from lit_clipq.models import make_explicit
-from lit_clipq.models.language import load_language_model
-from lit_clipq.models.zerocap_options import forbidden_tokens, zerocap_options
 from lit_clipq.nn.attention import ExplicitAttention
+from lit_clipq.zerocap.language import load_language_model
+from lit_clipq.zerocap.options import forbidden_tokens, zerocap_options
 
 
 @pytest.fixture
