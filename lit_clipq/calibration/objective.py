@@ -7,13 +7,14 @@ taken between the float network and itself has no gradient at all.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_clipq.calibration.collect import Observations
+from lit_clipq.calibration.batches import Rows
+from lit_clipq.calibration.observations import Observations
 from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
 
@@ -85,6 +86,66 @@ def random_directions(shape: torch.Size, keys: Tensor, seed: int, draws: int = 1
         generator = torch.Generator().manual_seed((seed << 32) + key)
         rows.append(torch.randint(0, 2, (draws, *shape[1:]), generator=generator).mul_(2).sub_(1).float())
     return torch.stack(rows, dim=1) / max(1, shape[1:].numel()) ** 0.5
+
+
+def gauss_newton_cotangents(seed: int, draws: int) -> Callable[[Mapping[str, Tensor], Rows], dict[str, Tensor]]:
+    """Return a function from (outputs, rows) of a batch to random directions of each output, (draws, *).
+
+    Args:
+        seed: Of the draws; each output has draws of its own.
+        draws: How many directions a sample has; their squares add up to a mean.
+    """
+    return lambda outputs, rows: {
+        name: random_directions(value.shape, rows.samples, seed + i, draws).to(value) / draws**0.5
+        for i, (name, value) in enumerate(sorted(outputs.items()))
+    }
+
+
+def fisher_cotangents(
+    numbers: Sequence[int], outputs: Mapping[str, Sequence[Tensor]], temperature: float, seed: int, draws: int
+) -> Callable[[Mapping[str, Tensor], Rows], dict[str, Tensor]]:
+    """Differentiate the image-text softmax of the whole calibration set, over all ranks, for every draw.
+
+    Args:
+        numbers: Sample numbers of this rank, in order.
+        outputs: This rank's embeddings `image` and `text`, (B, D) a batch.
+        temperature: Of the softmax.
+        seed: Of the draws.
+        draws: How many draws there are; their squares add up to a mean.
+
+    Returns:
+        A function from (outputs, rows) of a batch to gradients (draws, B, D) of pictures and texts.
+
+    Raises:
+        CalibrationError: For outputs that are no embeddings of pictures and texts in pairs, or a one-hot softmax.
+    """
+    pieces = gather((list(numbers), {name: torch.cat(list(values)) for name, values in outputs.items()}))
+    pieces = [piece for piece in pieces if piece[0]]
+    others = sorted({name for _, rows in pieces for name in rows} - {"image", "text"})
+    if others:
+        raise CalibrationError(
+            f"the Fisher objective takes embeddings of pictures and texts, got {', '.join(others)}; for "
+            "a task without image-text softmax take the Gauss-Newton objective"
+        )
+    counts = [{name: len(rows[name]) if name in rows else 0 for name in ("image", "text")} for _, rows in pieces]
+    if any(set(count.values()) != {len(piece[0])} for count, piece in zip(counts, pieces, strict=True)):
+        raise CalibrationError(
+            "the Fisher objective needs calibration pairs of pictures and texts, got "
+            f"{sum(c['image'] for c in counts)} pictures and {sum(c['text'] for c in counts)} texts that are not "
+            "paired batch by batch; give captions or take the Gauss-Newton objective"
+        )
+    order = sorted((number, i) for i, number in enumerate(n for own, _ in pieces for n in own))
+    image, text = (torch.cat([rows[name] for _, rows in pieces])[[i for _, i in order]] for name in ("image", "text"))
+    drawn = [contrastive_cotangents(image, text, temperature, seed + i) for i in range(draws)]
+    gradients = {
+        name: {number: row for (number, _), row in zip(order, torch.stack(found, dim=1), strict=True)}
+        for name, found in zip(("image", "text"), zip(*drawn, strict=True), strict=True)
+    }
+    return lambda batch_outputs, rows: {
+        name: torch.stack([gradients[name][number] for number in rows.samples.tolist()], dim=1).to(value) / draws**0.5
+        for name, value in batch_outputs.items()
+        if name in gradients
+    }
 
 
 def effective_sample_size(cotangents: Tensor) -> float:

@@ -1,65 +1,85 @@
 """Running minimum and maximum of every operand, over batches and ranks."""
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lit_clipq.calibration.collect import Rows, valid_operands
+from lit_clipq.calibration.passes import Observer
+from lit_clipq.calibration.recorder import Watched
 from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
-from lit_clipq.functional.granularity import PerToken, extrema
-from lit_clipq.nn.modules import QModule
+from lit_clipq.functional.granularity import Granularity, PerToken, extrema
 
-if TYPE_CHECKING:
-    from lit_clipq.calibration.engine import Calibration
+Key = tuple[str, str]
+"""Layer and operand."""
+Ranges = dict[Key, tuple[Tensor, Tensor]]
+"""Minimum and maximum of an operand, each of the scale shape of its granularity."""
 
-Ranges = dict[tuple[str, str], tuple[Tensor, Tensor]]
 
+@dataclass
+class RangeObserver(Observer):
+    """Minima and maxima of operands.
 
-def collect_ranges(modules: Mapping[str, QModule], calibration: "Calibration", rows: Rows | None = None) -> Ranges:
-    """Run the calibration batches and return {(layer, operand): (minimum, maximum)} over all ranks.
-
-    Each has the scale shape of the operand's quantizer, on the layer's device. The hooks are removed however this
-    ends. `PerToken` operands have no entry: they need no calibration.
-
-    Args:
-        modules: Layers by name.
-        calibration: Batches and how to run them.
-        rows: Tells, while a batch runs, the lengths of its texts; what the text tower computes behind them is left out.
-
-    Raises:
-        CalibrationError: If a layer saw NaN or Inf, or no batch on any rank; names the layer.
+    Attributes:
+        layers: Layers by name.
+        operands: For each layer the granularity of each operand, by name and place; `PerToken` operands are left out,
+            as they need no calibration.
+        own: What this rank saw.
     """
-    own: Ranges = {}
-    rows = rows or Rows(torch.zeros(0, dtype=torch.int64))
-    text = {layer.name for layer in calibration.layers if layer.tower == "text"}
 
-    def watch(name: str, module: QModule) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    layers: Mapping[str, Watched]
+    operands: Mapping[str, Mapping[tuple[int, str], Granularity]]
+    own: Ranges = field(default_factory=dict)
+
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hook every layer that has operands to look at."""
+        for name, watched in self.layers.items():
+            if self.operands.get(name):
+                yield watched.module.register_forward_pre_hook(self._watch(name, watched))
+
+    def _watch(self, name: str, watched: Watched) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if name in text:
-                inputs = valid_operands(module, inputs, rows, averages=name.endswith(".av"))
-            for operand, quantizer in module.operand_quantizers.items():
-                if not isinstance(quantizer.granularity, PerToken):
-                    x = inputs[module.operands.index(operand)].detach()
-                    _widen(own, (name, operand), extrema(x, quantizer.granularity))
+            mask = self.rows.mask(text=watched.text, averages=watched.averages)
+            if mask is not None:
+                inputs = watched.layout.operands(inputs, mask)
+            for (place, operand), granularity in self.operands[name].items():
+                if not isinstance(granularity, PerToken):
+                    _widen(self.own, (name, operand), extrema(inputs[place].detach(), granularity))
 
         return hook
 
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(watch(name, module)).remove)
-        for batch in calibration.batches:
-            rows.lengths = None
-            calibration.forward(batch)
-    merged = _merge(own)
-    _check(modules, merged)
-    return merged
+    def merged(self) -> Ranges:
+        """Return the ranges over all ranks, on the device of the layer; a collective call.
+
+        Raises:
+            CalibrationError: If a layer saw NaN or Inf, or no batch on any rank; names the layer.
+        """
+        merged = _merge(self.own)
+        needed = [
+            (name, operand)
+            for name, operands in self.operands.items()
+            for (_, operand), granularity in operands.items()
+            if not isinstance(granularity, PerToken)
+        ]
+        unseen = sorted({name for name, operand in needed if (name, operand) not in merged})
+        if unseen:
+            raise CalibrationError(
+                f"layer {unseen[0]} saw 0 calibration batches ({len(unseen)} such layers); give batches that reach it "
+                "(pictures for the image tower, texts for the text tower) or exclude it"
+            )
+        bad = [name for name, operand in needed if not all(bool(v.isfinite().all()) for v in merged[name, operand])]
+        if bad:
+            raise CalibrationError(
+                f"layer {bad[0]} received NaN or Inf in calibration ({len(set(bad))} layers from there on); check the "
+                "calibration samples and the weights in front of it"
+            )
+        return merged
 
 
-def _widen(ranges: Ranges, key: tuple[str, str], new: tuple[Tensor, Tensor]) -> None:
+def _widen(ranges: Ranges, key: Key, new: tuple[Tensor, Tensor]) -> None:
     if key in ranges:
         new = torch.minimum(ranges[key][0], new[0]), torch.maximum(ranges[key][1], new[1])
     ranges[key] = new
@@ -77,24 +97,3 @@ def _merge(own: Ranges) -> Ranges:
         key: (low.to(devices.get(key, default)), high.to(devices.get(key, default)))
         for key, (low, high) in merged.items()
     }
-
-
-def _check(modules: Mapping[str, QModule], ranges: Ranges) -> None:
-    needed = [
-        (name, operand)
-        for name, module in modules.items()
-        for operand, quantizer in module.operand_quantizers.items()
-        if not isinstance(quantizer.granularity, PerToken)
-    ]
-    unseen = sorted({name for name, operand in needed if (name, operand) not in ranges})
-    if unseen:
-        raise CalibrationError(
-            f"layer {unseen[0]} saw 0 calibration batches ({len(unseen)} such layers); give batches that reach it "
-            "(pictures for the image tower, texts for the text tower) or exclude it"
-        )
-    bad = [name for name, operand in needed if not all(bool(v.isfinite().all()) for v in ranges[name, operand])]
-    if bad:
-        raise CalibrationError(
-            f"layer {bad[0]} received NaN or Inf in calibration ({len(set(bad))} layers from there on); check the "
-            "calibration samples and the weights in front of it"
-        )

@@ -82,6 +82,11 @@ class QModule(nn.Module):
     def product(self, *inputs: Tensor) -> Tensor:
         """Compute the float product with the weight the layer holds now."""
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether calibration is over."""
+        return self.phase is Phase.QUANTIZED
+
     def freeze(self) -> None:
         """End calibration: from here on `forward` quantizes."""
         self.phase = Phase.QUANTIZED
@@ -95,6 +100,8 @@ class QWeighted(QModule):
     """
 
     operands: tuple[str, ...] = ("input",)
+    segments: tuple[int, ...] = ()
+    """Output features of each of several projections in one layer."""
     bias: Tensor | None
     weight_codes: Tensor | None
 
@@ -149,7 +156,7 @@ class QLinear(QWeighted):
     ) -> None:
         super().__init__(original, weight_quantizer, input_quantizer)
         self.in_features, self.out_features = original.in_features, original.out_features
-        self.segments: tuple[int, ...] = getattr(original, "segments", (original.out_features,))
+        self.segments = getattr(original, "segments", (original.out_features,))
 
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`."""

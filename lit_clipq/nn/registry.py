@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
 from lit_clipq.nn.embedding import QEmbedding
+from lit_clipq.nn.layout import MAPS, PAIRS, PATCHES, ROWS, Layout
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul, QModule
 
@@ -26,6 +28,18 @@ class LayerKind:
     """How many inputs can have a quantizer; 0 for a table, which is no product."""
     macs: Callable[[nn.Module, tuple[Tensor, ...], Tensor], int]
     """Multiply-accumulates of one call, from (layer, inputs, output)."""
+    layout: Callable[[nn.Module], Layout]
+    """How tensors of a layer (float or quantized) are cut into units."""
+
+    @property
+    def is_table(self) -> bool:
+        """Whether layers of this kind multiply nothing: what they see does not matter for their grids."""
+        return not self.operands
+
+    @property
+    def is_product_of_activations(self) -> bool:
+        """Whether both operands are computed at run time."""
+        return not self.has_weight
 
 
 def _linear_macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:  # noqa: ARG001
@@ -45,14 +59,38 @@ def _matmul_macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
     return output.numel() * inputs[0].shape[-1]
 
 
+def _rows(layer: nn.Module) -> Layout:  # noqa: ARG001
+    return ROWS
+
+
+def _maps(layer: nn.Module) -> Layout:
+    return PATCHES if layer.groups == 1 else MAPS
+
+
+def _pairs(layer: nn.Module) -> Layout:  # noqa: ARG001
+    return PAIRS
+
+
 KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", nn.Linear, QLinear, has_weight=True, operands=1, macs=_linear_macs),
-    LayerKind("conv2d", nn.Conv2d, QConv2d, has_weight=True, operands=1, macs=_conv_macs),
-    LayerKind("matmul", MatMul, QMatMul, has_weight=False, operands=2, macs=_matmul_macs),
-    LayerKind("embedding", nn.Embedding, QEmbedding, has_weight=True, operands=0, macs=_no_macs),
+    LayerKind("linear", nn.Linear, QLinear, has_weight=True, operands=1, macs=_linear_macs, layout=_rows),
+    LayerKind("conv2d", nn.Conv2d, QConv2d, has_weight=True, operands=1, macs=_conv_macs, layout=_maps),
+    LayerKind("matmul", MatMul, QMatMul, has_weight=False, operands=2, macs=_matmul_macs, layout=_pairs),
+    LayerKind("embedding", nn.Embedding, QEmbedding, has_weight=True, operands=0, macs=_no_macs, layout=_rows),
 )
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind that quantizes `module`, or `None`."""
     return next((kind for kind in KINDS if isinstance(module, kind.float_type)), None)
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """Return how the tensors of a layer are laid out, float or quantized.
+
+    Raises:
+        TypeError: For a module of no kind.
+    """
+    for kind in KINDS:
+        if isinstance(module, kind.float_type) or isinstance(module, cast(type, kind.quantized_type)):
+            return kind.layout(module)
+    raise TypeError(f"expected a layer of a kind in lit_clipq.nn.registry, got {type(module).__name__}; add an entry")

@@ -117,12 +117,7 @@ def select(layers: Sequence[Layer], include: Iterable[str], exclude: Iterable[st
     include, exclude = tuple(include), tuple(exclude)
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(layer.name, pattern) for layer in layers):
-                examples = ", ".join(layer.name for layer in layers[:: max(1, len(layers) // 3)][:3])
-                raise ConfigError(
-                    f"quantize.{option} pattern {pattern!r} matches none of the {len(layers)} layers; "
-                    f"patterns are shell-like and see whole names such as {examples}"
-                )
+            check_pattern(option, pattern, layers)
     for layer in layers:
         if include and not any(fnmatchcase(layer.name, pattern) for pattern in include):
             reasons[layer.name] = "not in quantize.include"
@@ -130,6 +125,25 @@ def select(layers: Sequence[Layer], include: Iterable[str], exclude: Iterable[st
         if matched is not None:
             reasons[layer.name] = f"excluded by {matched!r}"
     return reasons
+
+
+def check_pattern(option: str, pattern: str, layers: Sequence[Layer]) -> None:
+    """Refuse a pattern that matches no layer.
+
+    Args:
+        option: Which option it was given in.
+        pattern: The shell pattern.
+        layers: What there is.
+
+    Raises:
+        ConfigError: Names the pattern and some layers.
+    """
+    if not any(fnmatchcase(layer.name, pattern) for layer in layers):
+        examples = ", ".join(layer.name for layer in layers[:: max(1, len(layers) // 3)][:3])
+        raise ConfigError(
+            f"quantize.{option} pattern {pattern!r} matches none of the {len(layers)} layers; "
+            f"patterns are shell-like and see whole names such as {examples}"
+        )
 
 
 def swap(

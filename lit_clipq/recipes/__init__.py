@@ -1,18 +1,16 @@
-"""Recipes: one file a method. Importing this package registers them all."""
+"""Recipes: named lists of stages, their widths, and how options become one."""
 
-from lit_clipq.recipes.base import Recipe, make_recipe, name_of, recipe_names
-from lit_clipq.recipes.ptq4clip import PTQ4CLIP, BasePTQ, PTQ4CLIPPaper
-from lit_clipq.recipes.vanilla import Vanilla
-from lit_clipq.recipes.widths import BitWidths
+from lit_clipq.recipes.options import compose, make_recipe, make_stage, recipe_from_json, recipe_names
+from lit_clipq.recipes.recipe import Recipe
+from lit_clipq.recipes.widths import BitWidths, LayerWidths
 
 __all__ = [
-    "PTQ4CLIP",
-    "BasePTQ",
     "BitWidths",
-    "PTQ4CLIPPaper",
+    "LayerWidths",
     "Recipe",
-    "Vanilla",
+    "compose",
     "make_recipe",
-    "name_of",
+    "make_stage",
+    "recipe_from_json",
     "recipe_names",
 ]

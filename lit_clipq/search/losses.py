@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_clipq.calibration.collect import Observations
+from lit_clipq.calibration.observations import Observations
 from lit_clipq.distributed import sum_over_ranks
 from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
+from lit_clipq.nn.layout import PAIRS, ROWS, Layout
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.search.candidates import Candidates
 
@@ -26,7 +27,7 @@ _TOGETHER = 16  # grids of an attention product's operand that are compared at a
 
 
 @dataclass
-class Comparison:
+class ProductLosses:
     """Compares grids of the two operands of a layer.
 
     Attributes:
@@ -95,31 +96,27 @@ class Comparison:
                 if weight is None:
                     output = self._round(0, units.inputs[0], first)[0] @ self._round(1, units.inputs[1], second)[0]
                 else:
-                    output = self.product(self._round(1, units.inputs[0], second)[0], weight)
+                    output = self.product(self._round(1, units.inputs[0], second)[0], o.layout, weight)
                 yield number, part, output
 
-    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, layout: Layout, weight: Tensor | None = None) -> Tensor:
         """Return the product of an input with a weight (the layer's own by default), with bias.
 
-        Rows or patches of a convolution go through it as through a linear layer.
+        Patches of a convolution go through it as rows of a linear layer.
         """
         weight = cast(Tensor, self.weight if weight is None else weight)
-        if x.dim() < 4:
+        if layout is ROWS:
             return F.linear(x, weight.flatten(1), self.bias)
         return nn.Conv2d._conv_forward(cast(nn.Conv2d, self.module), x, weight, self.bias)
 
     def targets(self, o: Observations) -> Tensor:
         """Return the float product of observed operands."""
-        return o.inputs[0] @ o.inputs[1] if self.weight is None else self.product(o.inputs[0])
-
-    def by_rows(self, o: Observations) -> bool:
-        """Tell whether the units are rows of a linear layer, or patches of a convolution."""
-        return self.weight is not None and o.inputs[0].dim() == 2
+        return o.inputs[0] @ o.inputs[1] if self.weight is None else self.product(o.inputs[0], o.layout)
 
     def _sums(
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        compute = self._of_rows if self.by_rows(o) else self._of_maps if self.weight is not None else self._of_products
+        compute = self._of_rows if o.layout is ROWS else self._of_products if o.layout is PAIRS else self._of_maps
         yield from compute(o, first, second, per_channel, step)
 
     def _of_rows(
@@ -149,7 +146,7 @@ class Comparison:
                         if self.distance == "cosine":
                             output = output + bias
                         place = slice(group.start + start, group.start + start + len(x))
-                        yield a, place, self._compare(output, target, squares, per_channel)
+                        yield a, place, self._compare(o.layout, output, target, squares, per_channel)
 
     def _of_products(
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
@@ -166,7 +163,7 @@ class Comparison:
                     right = self._round(1, units.inputs[1], None if second is None else second[b]).permute(1, 2, 0, 3)
                     output = left.flatten(1, 2) @ right.flatten(2)  # (P, A M, B N)
                     output = output.unflatten(2, right.shape[2:]).unflatten(1, left.shape[1:3]).permute(1, 3, 0, 2, 4)
-                    yield a, b, self._compare(output, cast(Tensor, units.target), units.weight, per_channel=False)
+                    yield a, b, self._compare(o.layout, output, cast(Tensor, units.target), units.weight, False)
 
     def _of_maps(
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
@@ -174,8 +171,9 @@ class Comparison:
         for a in _slices(first, 1):
             weight = self._round(0, cast(Tensor, self.weight), None if first is None else first[a])[0]
             for b in _slices(second, 1):
-                output = self.product(self._round(1, o.inputs[0], None if second is None else second[b])[0], weight)
-                found = self._compare(output[None, None], cast(Tensor, o.target), o.weight, per_channel)
+                x = self._round(1, o.inputs[0], None if second is None else second[b])[0]
+                output = self.product(x, o.layout, weight)
+                found = self._compare(o.layout, output[None, None], cast(Tensor, o.target), o.weight, per_channel)
                 yield a, b, found[..., ::step] if per_channel else found
 
     def _round(self, operand: int, x: Tensor, index: Tensor | None, step: int = 1) -> Tensor:
@@ -187,17 +185,15 @@ class Comparison:
         family = self.candidates.get(self.names[operand])
         return family if family is None or step == 1 else family.every(step)
 
-    def _compare(self, output: Tensor, target: Tensor, weight: Tensor | None, per_channel: bool) -> Tensor:
-        return distance_sums(output, target, weight, self.distance, axis=channel_axis(target), per_channel=per_channel)
+    def _compare(
+        self, layout: Layout, output: Tensor, target: Tensor, weight: Tensor | None, per_channel: bool
+    ) -> Tensor:
+        axis = layout.channel_axis
+        return distance_sums(output, target, weight, self.distance, axis=axis, per_channel=per_channel)
 
     @staticmethod
     def _most(device: torch.device) -> int:
         return _WORKSPACE.get(device.type, _LARGE_WORKSPACE)
-
-
-def channel_axis(target: Tensor) -> int:
-    """Return the axis of the output channels."""
-    return -3 if target.dim() == 4 else -1
 
 
 def _thin(x: Tensor | None, step: int) -> Tensor:

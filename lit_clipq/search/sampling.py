@@ -1,7 +1,7 @@
-"""Observations of one layer made ready for its search: joined, thinned out, and the same on every number of ranks."""
+"""Few units of one layer that stand for all of them, the same on every number of ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_clipq.calibration.collect import Observations, hashed
+from lit_clipq.calibration.batches import hashed
+from lit_clipq.calibration.observations import Observations
 from lit_clipq.distributed import sum_over_ranks
+from lit_clipq.nn.layout import ROWS
 
 _FEWEST_UNITS, _FEWEST_ELEMENTS = 24, 2**14  # of the output: what a comparison should see at least
 _FLOOR = 0.1  # of the mean cost: also units that seem not to matter are drawn sometimes
@@ -21,51 +23,10 @@ _AT_ONCE = 2**17  # units whose chances are held at a time
 _FEW_PATCHES = 2**22  # elements of a convolution's patches and products up to which it is rows though all are taken
 
 
-def joined(seen: list[Observations]) -> list[Observations]:
-    """Join observations whose units have the same shape; `seen` is emptied so that nothing is held twice for long."""
-    groups: dict[tuple[torch.Size, ...], list[Observations]] = {}
-    for o in seen:
-        groups.setdefault(tuple(x.shape[1:] for x in o.inputs), []).append(o)
-    seen.clear()
-    return [_join(groups.pop(shapes)) for shapes in list(groups)]
+def factored(data: Sequence[Observations], channels: int, device: torch.device) -> list[Observations]:
+    """Return the data with weights of errors w (rows x channels) replaced by `mean_c w * mean_n w / mean w`.
 
-
-def _join(group: list[Observations]) -> Observations:
-    if len(group) == 1:
-        return group[0]
-    inputs = tuple(torch.cat([o.inputs[i] for o in group]) for i in range(len(group[0].inputs)))
-    for o in group:
-        o.inputs = ()
-    columns = {"keys": torch.cat([o.keys for o in group])}
-    for name in ("weight", "target"):
-        parts = [getattr(o, name) for o in group]
-        if all(part is not None for part in parts):
-            columns[name] = torch.cat(parts)
-    ranges = [o.ranges for o in group if o.ranges is not None]
-    if ranges:
-        low, high = torch.stack(ranges).unbind(-1)
-        columns["ranges"] = torch.stack([low.amin(0), high.amax(0)], dim=-1)
-    return Observations(inputs, **columns)
-
-
-def with_influence(data: Sequence[Observations]) -> list[Observations]:
-    """Leave out units whose output gradients are all zero: no error there costs anything.
-
-    In the last block of a tower that is pooled at one token these are all others.
-    """
-    kept = []
-    for o in data:
-        if o.weight is not None:
-            matters = o.weight.flatten(1).amax(dim=1) > 0
-            o = o if bool(matters.all()) else o.select(matters)
-        kept.append(o)
-    return kept
-
-
-def factor_weights(data: Sequence[Observations], channels: int, device: torch.device) -> None:
-    """Replace weights of errors w (rows x channels) by `mean_c w * mean_n w / mean w`, over the rows of all ranks.
-
-    The total stays, and what each row and each channel weighs.
+    Means are over the rows of all ranks. The total stays, and what each row and each channel weighs.
     """
     weights = [cast(Tensor, o.weight) for o in data]
     sums = torch.zeros(channels, dtype=torch.float64, device=device)
@@ -73,12 +34,14 @@ def factor_weights(data: Sequence[Observations], channels: int, device: torch.de
         sums += w.float().sum([d for d in range(w.dim()) if d != 1]).double()
     sums = sum_over_ranks(sums)
     by_channel = (sums / sums.mean().clamp(min=1e-300)).float()
-    for o, w in zip(data, weights, strict=True):
-        o.weight = w.float().mean(1, keepdim=True) * by_channel.view(-1, *[1] * (w.dim() - 2))
+    return [
+        replace(o, weight=w.float().mean(1, keepdim=True) * by_channel.view(-1, *[1] * (w.dim() - 2)))
+        for o, w in zip(data, weights, strict=True)
+    ]
 
 
 @dataclass
-class Draw:
+class Sampler:
     """Draws units of a layer for comparisons that need not see them all.
 
     A unit is drawn with chance p and weighs 1 / p. With gradients p grows with what an error of the unit costs, c; then
@@ -103,15 +66,11 @@ class Draw:
     _drawn: dict[int, list[Observations]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        matters = [_matters(o, cost) for o, cost in zip(self.data, self.costs, strict=True)]
+        matters = [_matters(o) for o in self.data]
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # units, elements of their outputs, costs
         for o, cost, matter in zip(self.data, self.costs, matters, strict=True):
-            target, number = _known(o.target), matter.sum()
-            if target.dim() == 3:  # of scores the columns behind the end of a text do not count either
-                elements = (target.count_nonzero(dim=2) * matter).sum()
-            else:
-                elements = number * (target[0].numel() // max(cost[0].numel(), 1) if len(target) else 0)
-            sums = (number, elements, cost.sum(dtype=torch.float64))
+            elements = o.layout.elements(_known(o.target), matter)
+            sums = (matter.sum(), elements, cost.sum(dtype=torch.float64))
             totals += torch.stack([x.to(totals) for x in sums])
         units, elements, cost = sum_over_ranks(totals).tolist()
         self.mean_cost = cost / max(units, 1) if cost > 0 else 0.0
@@ -131,12 +90,12 @@ class Draw:
         self._few = weight is not None and units * (weight[0].numel() + len(weight)) <= _FEW_PATCHES
 
     def by_rows(self, error: float) -> bool:
-        """Tell, on every rank alike, whether `about` makes rows of a convolution's maps."""
+        """Tell, on every rank alike, whether `sample` makes rows of a convolution's maps."""
         return self.convolution is not None and (self._few or self._thins(self._step(error)))
 
-    def about(self, error: float) -> list[Observations]:
+    def sample(self, relative_error: float) -> list[Observations]:
         """Return as many units as that relative standard error of their sum takes, or the data as they are."""
-        step = self._step(error)
+        step = self._step(relative_error)
         if not (self._thins(step) or self._few):
             return list(self.data)
         if step not in self._drawn:
@@ -179,9 +138,9 @@ class Draw:
             drawn, weights = self._patches(o, chosen), 1 / chance[chosen]
         else:
             return _products(o, chosen, chance)
-        if drawn.weight is not None:
-            drawn.weight = drawn.weight * weights.float().view(-1, *[1] * (drawn.weight.dim() - 1))
-        return drawn
+        if drawn.weight is None:
+            return drawn
+        return replace(drawn, weight=drawn.weight * weights.float().view(-1, *[1] * (drawn.weight.dim() - 1)))
 
     def _patches(self, o: Observations, chosen: Tensor) -> Observations:
         """Return the chosen output positions (B, H W) of a convolution as rows."""
@@ -193,7 +152,7 @@ class Draw:
         for i, picture in enumerate(o.inputs[0]):
             drawn.append(patches_of(picture[None], cast(nn.Module, self.convolution))[0].T[chosen[i]])
         weight = None if o.weight is None else rows(o.weight)
-        return Observations((torch.cat(drawn),), chosen.nonzero()[:, 0], weight, rows(_known(o.target)))
+        return Observations(ROWS, (torch.cat(drawn),), chosen.nonzero()[:, 0], weight, rows(_known(o.target)))
 
 
 def _products(o: Observations, chosen: Tensor, chance: Tensor) -> Observations:
@@ -211,7 +170,7 @@ def _products(o: Observations, chosen: Tensor, chance: Tensor) -> Observations:
     weights = gathered(torch.where(chosen, 1 / chance, 0).float()[..., None])
     left, right = o.inputs
     weight = weights if o.weight is None else gathered(o.weight) * weights
-    return Observations((gathered(left), right[some]), o.keys[some], weight, gathered(_known(o.target)))
+    return Observations(o.layout, (gathered(left), right[some]), o.keys[some], weight, gathered(_known(o.target)))
 
 
 def patches_of(x: Tensor, layer: nn.Module) -> Tensor:
@@ -223,12 +182,9 @@ def patches_of(x: Tensor, layer: nn.Module) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
 
 
-def _matters(o: Observations, cost: Tensor) -> Tensor:
-    """Tell which units have an influence, bool of the shape of their costs: a gradient, or without any a product."""
-    x = (o.weight if o.weight is not None else _known(o.target)) != 0  # (N, C), products (P, M, N) or maps (B, C, H, W)
-    if cost.dim() == 1:
-        return x.flatten(1).any(1)
-    return x.any(1).flatten(1) if x.dim() == 4 else x.any(2)
+def _matters(o: Observations) -> Tensor:
+    """Tell which units have an influence: a gradient, or without any a product."""
+    return o.layout.unit_any(o.weight if o.weight is not None else _known(o.target))
 
 
 def _chance(relative: Tensor, rate: "float | Tensor") -> Tensor:

@@ -4,15 +4,17 @@ A layer's operand is the output of an activation if it is the very tensor that t
 taken by it and not written to since; it is a softmax if its rows are non-negative and add up to 1.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
+from lit_clipq.calibration.passes import Observer
+from lit_clipq.distributed import gather
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.swap import Layer
 
@@ -20,8 +22,8 @@ Tensors = tuple[Tensor, ...]
 
 
 @dataclass
-class Probe:
-    """What one batch told about the network.
+class Sources:
+    """What stands in front of the layers.
 
     Attributes:
         minima: Smallest value that the activation in front of a layer can take, by layer; only where it is negative and
@@ -33,62 +35,72 @@ class Probe:
     averages: set[str] = field(default_factory=set)
 
 
-def probe(
-    roots: Mapping[str, nn.Module], layers: Iterable[Layer], forward: Callable[[Any], Any], batches: Iterable[Any]
-) -> Probe:
-    """Run batches and look at what reaches each layer; what does not hold in every call does not count.
+class SourceObserver(Observer):
+    """Looks at what reaches each layer; what does not hold in every call does not count.
 
     Args:
         roots: Named networks, float.
         layers: Their quantizable layers.
-        forward: Runs the networks on a batch.
-        batches: Calibration batches; one of each kind will do.
     """
-    minima: dict[str, set[float | None]] = {}
-    averages: dict[str, bool] = {}
-    produced: dict[tuple[int, torch.Size], _Product] = {}
-    known: dict[nn.Module, float | None] = {}
 
-    def remember(module: nn.Module, _: Tensors, output: Any) -> None:
-        if isinstance(output, Tensor):
-            produced[output.data_ptr(), output.shape] = _Product(module, output)
+    whole_set = False
 
-    def look(layer: Layer) -> Callable[[nn.Module, Tensors], None]:
-        def hook(_: nn.Module, inputs: Tensors) -> None:
-            if isinstance(layer.module, MatMul):
-                averages[layer.name] = averages.get(layer.name, True) and _is_softmax(inputs[0])
-                return
-            source = produced.get((inputs[0].data_ptr(), inputs[0].shape))
-            minimum = None
-            if source is not None and source.is_still(inputs[0]):
-                if source.module not in known:
-                    known[source.module] = minimum_of(source.module)
-                minimum = known[source.module]
-            minima.setdefault(layer.name, set()).add(minimum)
+    def __init__(self, roots: Mapping[str, nn.Module], layers: Sequence[Layer]) -> None:
+        self.roots, self.layers = roots, layers
+        self._minima: dict[str, set[float | None]] = {}
+        self._averages: dict[str, bool] = {}
+        self._produced: dict[tuple[int, torch.Size], _Product] = {}
+        self._known: dict[nn.Module, float | None] = {}
 
-        return hook
-
-    with ExitStack() as stack, torch.no_grad():
-        for root in roots.values():
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Hook every module without children and parameters, and every layer."""
+        for root in self.roots.values():
             for module in root.modules():
                 bare = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
                 if bare and not isinstance(module, nn.Identity | nn.Dropout | MatMul):
-                    stack.callback(module.register_forward_hook(remember).remove)
-        for layer in layers:
-            stack.callback(layer.module.register_forward_pre_hook(look(layer)).remove)
-        for batch in batches:
-            forward(batch)
-    alike = {name: next(iter(found)) for name, found in minima.items() if len(found) == 1}
-    return Probe(
-        {name: minimum for name, minimum in alike.items() if minimum is not None},
-        {name for name, holds in averages.items() if holds},
-    )
+                    yield module.register_forward_hook(self._remember)
+        for layer in self.layers:
+            yield layer.module.register_forward_pre_hook(self._look_at(layer))
+
+    def found(self) -> Sources:
+        """Return what was found, over all ranks; a collective call."""
+        alike = {name: next(iter(found)) for name, found in self._minima.items() if len(found) == 1}
+        own = Sources(
+            {name: minimum for name, minimum in alike.items() if minimum is not None},
+            {name for name, holds in self._averages.items() if holds},
+        )
+        return _joined(gather(own))
+
+    def end(self, outputs: Any) -> None:  # noqa: ARG002
+        """Forget the memory of this batch."""
+        self._produced.clear()
+
+    def _remember(self, module: nn.Module, _: Tensors, output: Any) -> None:
+        if self.looks and isinstance(output, Tensor):
+            self._produced[output.data_ptr(), output.shape] = _Product(module, output)
+
+    def _look_at(self, layer: Layer) -> Callable[[nn.Module, Tensors], None]:
+        def hook(_: nn.Module, inputs: Tensors) -> None:
+            if not self.looks:
+                return
+            if layer.kind.is_product_of_activations:
+                self._averages[layer.name] = self._averages.get(layer.name, True) and _is_softmax(inputs[0])
+                return
+            source = self._produced.get((inputs[0].data_ptr(), inputs[0].shape))
+            minimum = None
+            if source is not None and source.is_still(inputs[0]):
+                if source.module not in self._known:
+                    self._known[source.module] = minimum_of(source.module)
+                minimum = self._known[source.module]
+            self._minima.setdefault(layer.name, set()).add(minimum)
+
+        return hook
 
 
-def joined(probes: Iterable[Probe]) -> Probe:
+def _joined(found: Iterable[Sources]) -> Sources:
     """Join what ranks found; ranks without batches found nothing."""
-    result = Probe()
-    for one in probes:
+    result = Sources()
+    for one in found:
         result.minima.update(one.minima)
         result.averages |= one.averages
     return result

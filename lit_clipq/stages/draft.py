@@ -1,0 +1,174 @@
+"""One quantized network in the making: what becomes of each layer, and what was changed around them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_clipq.calibration.channels import Channels, SeenChannels
+from lit_clipq.calibration.results import LayerResult
+from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer, scale_in_place
+from lit_clipq.calibration.session import Session
+from lit_clipq.nn.modules import QModule, QWeighted
+from lit_clipq.nn.swap import QuantizationMap, swap, unswap
+from lit_clipq.stages.stage import Stage
+
+S = TypeVar("S", bound=Stage)
+
+
+@dataclass
+class Draft:
+    """One quantized network in the making. The float network stays as it is until `install`.
+
+    Attributes:
+        session: The calibration that it is made from, which others may share.
+        plan: What is to become of each layer.
+        stages: The recipe's stages, in order.
+        modules: Q-modules by name.
+        scalings: Channels that are divided where they are made and multiplied where they are read.
+        changes: What else is done to the float network, with what takes it back, in order.
+        structure: What the network has besides, to be replayed when it is loaded; see `lit_clipq.nn.structure`.
+        results: How the search of each layer went.
+        reports: What each stage says of itself.
+        installed: Whether the network is the quantized one now.
+        scaling: What scaled channels mean for each layer.
+    """
+
+    session: Session
+    plan: QuantizationMap
+    stages: tuple[Stage, ...]
+    modules: dict[str, QModule] = field(default_factory=dict)
+    scalings: list[ChannelScaling] = field(default_factory=list)
+    changes: list[tuple[Callable[[], None], Callable[[], None]]] = field(default_factory=list)
+    structure: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, LayerResult] = field(default_factory=dict)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    installed: bool = False
+    scaling: dict[str, LayerScaling] = field(default_factory=dict)
+
+    def has(self, kind: type[Stage]) -> bool:
+        """Whether the recipe has a stage of a kind."""
+        return any(isinstance(stage, kind) for stage in self.stages)
+
+    def stage(self, kind: type[S]) -> S:
+        """Return the recipe's stage of a kind; there must be one."""
+        return next(stage for stage in self.stages if isinstance(stage, kind))
+
+    # What the network shows, with the scaled channels of this draft
+
+    @property
+    def channels(self) -> SeenChannels:
+        """Links of channels, and what their readers read."""
+        seen = self.session.channels
+        changed = dict(seen.channels)
+        for name, scaling in self.scaling.items():
+            if scaling.read is not None and name in changed:
+                c, f = changed[name], scaling.read
+                changed[name] = Channels(c.low / f, c.high / f, c.squares / f.square(), c.rows)
+        return SeenChannels(seen.links, changed)
+
+    def start(self, name: str) -> Tensor | None:
+        """Return the start token's key or value in a product of the text tower; `None` if no text was seen."""
+        value = self.session.starts.get(name)
+        return value if value is None or name not in self.scaling else self.scaling[name].constant(value)
+
+    def parameters(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the float weight and bias that a layer has in this draft, detached."""
+        module = self.session.layer[name].module
+        weight, bias = module.get_parameter("weight").detach(), module._parameters.get("bias")
+        scaling = self.scaling.get(name)
+        if scaling is None:
+            return weight, None if bias is None else bias.detach()
+        return scaling.parameters(weight, bias)
+
+    # What stages do to it
+
+    def change(self, do: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Change the float network in place, now and whenever this draft is installed."""
+        do()
+        self.changes.append((do, undo))
+
+    def scale(self, scalings: list[ChannelScaling]) -> None:
+        """Take over channels that are scaled by powers of two, on top of those that are already."""
+        known = {scaling.link: scaling for scaling in self.scalings}
+        for new in scalings:
+            old = known.get(new.link)
+            known[new.link] = new if old is None else ChannelScaling(new.link, old.factors * new.factors)
+        self.scalings = list(known.values())
+        self.scaling = by_layer(self.scalings)
+
+    def add(self, name: str, module: QModule) -> None:
+        """Put a Q-module in the place of a layer; it takes the weight and bias of this draft."""
+        if isinstance(module, QWeighted) and name in self.scaling:
+            weight, bias = self.parameters(name)
+            module.weight = nn.Parameter(weight)
+            module.bias = None if bias is None else nn.Parameter(bias)
+        self.modules[name] = module
+
+    # Its place in the network
+
+    def install(self) -> None:
+        """Make the network the quantized one."""
+        if not self.installed:
+            for do, _ in self.changes:
+                do()
+            self._place()
+            self.installed = True
+
+    def remove(self) -> None:
+        """Make the network the float one again, to the bit."""
+        if self.installed:
+            self._displace()
+            for _, undo in reversed(self.changes):
+                undo()
+            self.installed = False
+
+    def undo_changes(self) -> None:
+        """Take back what was changed in place, until `install`."""
+        if not self.installed:
+            for _, undo in reversed(self.changes):
+                undo()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the network be that of this draft, its Q-modules in whatever phase they are, while the context is open."""
+        self._place()
+        try:
+            yield
+        finally:
+            self._displace()
+
+    @contextmanager
+    def scaled_in_place(self) -> Iterator[None]:
+        """Let the channels of the float network be scaled while the context is open."""
+        modules = self.session.modules
+        scale_in_place(modules, self.scalings)
+        try:
+            yield
+        finally:
+            scale_in_place(modules, self.scalings, back=True)
+
+    def _place(self) -> None:
+        scale_in_place(self._around, self.scalings)
+        layers = [self.session.layer[name] for name in self.modules]
+        swap(self.session.roots, layers, lambda layer: self.modules[layer.name])
+
+    def _displace(self) -> None:
+        unswap(self.session.roots, self.session.layers, self.modules)
+        scale_in_place(self._around, self.scalings, back=True)
+
+    @property
+    def _around(self) -> Mapping[str, nn.Module]:
+        """The modules that stay in the network."""
+        return {name: module for name, module in self.session.modules.items() if name not in self.modules}
+
+
+@torch.no_grad()
+def frozen(module: QModule) -> QModule:
+    """Freeze a Q-module, if it is not yet."""
+    if not module.is_frozen:
+        module.freeze()
+    return module

@@ -1,0 +1,43 @@
+"""Minimum and maximum over the calibration set."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lit_clipq.calibration.needs import Need, Write
+from lit_clipq.errors import ConfigError
+from lit_clipq.functional.granularity import PerToken, extrema
+from lit_clipq.nn.modules import QWeighted
+from lit_clipq.nn.quantizer import UniformQuantizer
+from lit_clipq.stages.stage import LayerStage, LayerTask, stage
+
+
+@stage("ranges")
+@dataclass(frozen=True)
+class Ranges(LayerStage):
+    """Give every uniform grid the range of its operand: running minimum and maximum over all batches and ranks.
+
+    Positions behind a text's end token are left out where they cannot reach the output.
+    """
+
+    needs = frozenset({Need.RANGES})
+    writes = frozenset({Write.SCALES})
+
+    def fit(self, task: LayerTask) -> Any:
+        """Set the ranges of one layer.
+
+        Raises:
+            ConfigError: For a grid that minimum and maximum do not decide.
+        """
+        module = task.module
+        for operand, quantizer in module.operand_quantizers.items():
+            if isinstance(quantizer, UniformQuantizer):
+                if not isinstance(quantizer.granularity, PerToken):
+                    quantizer.set_range(*task.ranges[task.name, operand])
+            elif not quantizer.calibrated:
+                raise ConfigError(
+                    f"stage ranges cannot calibrate the {type(quantizer).__name__} of {task.name}; put search in its "
+                    "place, or give grids `softmax: uniform, gelu: uniform`"
+                )
+        if isinstance(module, QWeighted) and isinstance(module.weight_quantizer, UniformQuantizer):
+            module.weight_quantizer.set_range(*extrema(module.weight.detach(), module.weight_quantizer.granularity))
+        return None

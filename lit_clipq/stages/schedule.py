@@ -1,0 +1,253 @@
+"""Walk the stages of drafts that share one calibration: one pass for what several of them need, one visit of a layer."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_clipq.calibration.emulation import emulated, rounded_weight
+from lit_clipq.calibration.needs import SPOILS, Need
+from lit_clipq.calibration.observations import Observations
+from lit_clipq.calibration.ranges import Ranges
+from lit_clipq.calibration.session import Session
+from lit_clipq.calibration.streams import in_turn
+from lit_clipq.distributed import world_size
+from lit_clipq.functional.granularity import Granularity
+from lit_clipq.nn.modules import QModule, QWeighted
+from lit_clipq.search.data import LayerData
+from lit_clipq.stages.draft import Draft, frozen
+from lit_clipq.stages.stage import FloatStage, GridStage, LayerStage, LayerTask, Stage
+
+log = logging.getLogger(__name__)
+
+Propagate = Literal["none", "layer", "block"]
+"""What a layer is fitted behind: the float network, or the quantized layers or blocks in front of it."""
+Progress = Callable[[str], None]
+
+
+def asked(stages: Sequence[Stage]) -> frozenset[Need]:
+    """Return all that stages ask for."""
+    return frozenset(need for stage in stages for need in stage.asks())
+
+
+def layer_stages(stages: Sequence[Stage]) -> tuple[LayerStage, ...]:
+    """Return the stages that work on layers, in order."""
+    return tuple(stage for stage in stages if isinstance(stage, LayerStage))
+
+
+def whole_passes(stages: Sequence[Stage], *, fisher: bool) -> int:
+    """Predict how often the whole calibration set runs beside the visits of layers."""
+    needs = asked(stages)
+    return sum(need.whole_set and not need.by_layer for need in needs) + (fisher and Need.GRADIENTS in needs)
+
+
+def blocks_side_by_side(names: Sequence[str], tower_of: Mapping[str, str]) -> list[list[str]]:
+    """Cut layers into steps: the first block of every tower, then the second, and so on, in order of the network.
+
+    Layers that lie in the same member of a list of modules are one block; a layer outside of any is one by itself.
+
+    Args:
+        names: Layers in order of the network.
+        tower_of: The tower of each.
+
+    Example:
+        >>> towers = {"a.0.x": "a", "a.0.y": "a", "a.head": "a", "b.0.x": "b"}
+        >>> blocks_side_by_side(list(towers), towers)
+        [['a.0.x', 'a.0.y', 'b.0.x'], ['a.head']]
+    """
+    towers: dict[str, list[tuple[str, list[str]]]] = {}
+    for name in names:
+        parts = name.split(".")
+        place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        block = name if place is None else ".".join(parts[: place + 1])
+        steps = towers.setdefault(tower_of[name], [])
+        if not steps or steps[-1][0] != block:
+            steps.append((block, []))
+        steps[-1][1].append(name)
+    together = zip_longest(*([layers for _, layers in steps] for steps in towers.values()), fillvalue=[])
+    return [[name for layers in step for name in layers] for step in together]
+
+
+@torch.no_grad()
+def prepare(draft: Draft) -> None:
+    """Run the stages of a draft that come before its layers are visited."""
+    for place, stage in enumerate(draft.stages):
+        if isinstance(stage, FloatStage | GridStage):
+            draft.session.prepare(_ahead(draft.stages[place:]))
+            report = stage.rewrite(draft) if isinstance(stage, FloatStage) else stage.assign(draft)
+            draft.reports[stage.name] = dict(report)
+            if isinstance(stage, FloatStage) and stage.in_place:
+                draft.session.wrote(stage.writes)
+
+
+def _ahead(stages: Sequence[Stage]) -> set[Need]:
+    """Return what the first of the stages asks for, and what the later ones do that nothing between them spoils."""
+    needs, spoiled = set(), set()
+    for stage in stages:
+        needs |= {need for need in stage.asks() if need not in spoiled}
+        if isinstance(stage, FloatStage) and stage.in_place:
+            spoiled |= {need for write in stage.writes for need in SPOILS[write]}
+    return needs
+
+
+def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, progress: Progress) -> None:
+    """Run the layer stages of drafts on the same observations, then freeze their layers.
+
+    Args:
+        session: The calibration that all of the drafts are made from.
+        drafts: Prepared; they ask for the same. With `propagate` there is one.
+        propagate: What a layer is fitted behind.
+        progress: Told each layer that is done.
+    """
+    needs = asked(drafts[0].stages)
+    names = _names(session, drafts)
+    ranges = {id(draft): _ranges(draft) if Need.RANGES in needs else {} for draft in drafts}
+    visitor = _Visitor(session, drafts, ranges, progress)
+    if Need.OPERANDS not in needs:
+        for name in names:
+            visitor.keep(visitor.fit(name, None))
+    elif propagate == "none":
+        visitor.visit(names, gradients=Need.GRADIENTS in needs)
+    else:
+        visitor.visit_behind(names, propagate, gradients=Need.GRADIENTS in needs)
+    for draft in drafts:
+        for name, module in draft.modules.items():
+            if session.layer[name].kind.is_table:
+                visitor.keep_report(draft, visitor.fit_one(draft, name, None))
+            frozen(module)
+
+
+def _names(session: Session, drafts: Sequence[Draft]) -> list[str]:
+    """Return the products that any of the drafts quantizes and a batch reaches, in order of the network."""
+    wanted = {name for draft in drafts for name in session.searched(draft.plan)}
+    return [layer.name for layer in session.layers if layer.name in wanted]
+
+
+def _ranges(draft: Draft) -> Ranges:
+    """Collect the ranges of all operands of a draft, with its channels as they are scaled."""
+    operands: dict[str, dict[tuple[int, str], Granularity]] = {
+        name: {
+            (module.operands.index(operand), operand): quantizer.granularity
+            for operand, quantizer in module.operand_quantizers.items()
+        }
+        for name, module in draft.modules.items()
+    }
+    with draft.scaled_in_place():
+        return draft.session.ranges(operands)
+
+
+@dataclass
+class _Fitted:
+    """A layer that was fitted: for each draft its Q-module and how it went."""
+
+    name: str
+    tasks: list[tuple[Draft, LayerTask]] = field(default_factory=list)
+
+
+@dataclass
+class _Visitor:
+    session: Session
+    drafts: Sequence[Draft]
+    ranges: Mapping[int, Ranges]
+    progress: Progress
+
+    def visit(self, names: Sequence[str], *, gradients: bool) -> None:
+        """Visit layers with float inputs, in as few passes as the memory limit allows."""
+        session = self.session
+        for group in session.budget.groups(names, session.collection.storage(gradients=gradients)):
+            seen = session.observe(group, gradients=gradients)
+            jobs = [partial(self._fit_seen, name, seen) for name in group]
+            alone = world_size() > 1 or session.budget.limit_bytes is not None
+            for fitted in in_turn(jobs, session.device, together=not alone):
+                self.keep(fitted)
+
+    def _fit_seen(self, name: str, seen: dict[str, list[Observations]]) -> _Fitted:
+        return self.fit(name, seen.pop(name))
+
+    @torch.no_grad()
+    def fit(self, name: str, seen: list[Observations] | None) -> _Fitted:
+        """Fit one layer for every draft; drafts that want the same of it share the outcome."""
+        fitted, done, data = _Fitted(name), {}, {}
+        for draft in self.drafts:
+            if name not in draft.modules:
+                continue
+            scaling = draft.scaling.get(name)
+            scaled = "" if scaling is None else repr([x.tolist() for x in scaling.tensors()])
+            key = json.dumps(draft.modules[name].config()), layer_stages(draft.stages), scaled
+            if seen is not None and key in done:
+                task = replace(done[key], draft=draft)
+                draft.modules[name] = task.module
+            else:
+                if seen is not None and scaled not in data:
+                    own = seen if scaling is None else [scaling.observed(o) for o in seen]
+                    data[scaled] = LayerData(name, draft.modules[name], own, self.session.device)
+                task = done[key] = self.fit_one(draft, name, data.get(scaled))
+            fitted.tasks.append((draft, task))
+        return fitted
+
+    @torch.no_grad()
+    def fit_one(self, draft: Draft, name: str, data: LayerData | None) -> LayerTask:
+        """Run the layer stages of one draft on one layer."""
+        task = LayerTask(self.session.layer[name], draft.modules[name], draft, data, dict(self.ranges[id(draft)]))
+        for stage in layer_stages(draft.stages):
+            told = stage.fit(task)
+            if told is not None:
+                task.report[stage.name] = told
+        return replace(task, observed=None)
+
+    def keep(self, fitted: _Fitted) -> None:
+        """Keep what was found for a layer, and tell that it is done."""
+        for draft, task in fitted.tasks:
+            self.keep_report(draft, task)
+            if task.result is not None:
+                result = draft.results[fitted.name] = task.result
+                log.info("%s: %.4g -> %.4g, %.1f dB", fitted.name, result.before, result.after, result.sqnr_db)
+        self.progress(fitted.name)
+
+    @staticmethod
+    def keep_report(draft: Draft, task: LayerTask) -> None:
+        """Keep what stages said of a layer."""
+        for stage_name, told in task.report.items():
+            draft.reports.setdefault(stage_name, {})[task.name] = told
+
+    def visit_behind(self, names: Sequence[str], propagate: Propagate, *, gradients: bool) -> None:
+        """Visit layers behind the quantized layers or blocks in front of them; gradients and targets stay exact."""
+        (draft,) = self.drafts
+        session, modules = self.session, draft.modules
+        done: list[str] = []
+        rounded: dict[str, tuple[Tensor, Tensor | None]] = {}
+        towers = {layer.name: layer.tower for layer in session.layers}
+        with draft.in_place():
+            for group in session.budget.groups(names, session.collection.storage(gradients=gradients)):
+                exact = session.observe(group, gradients=gradients, modules=modules)
+                steps = [[name] for name in group] if propagate == "layer" else blocks_side_by_side(group, towers)
+                for step in steps:
+                    with emulated({name: modules[name] for name in done}, rounded):
+                        actual = session.observe(step, gradients=False, modules=modules)
+                    for name in step:
+                        seen = _with_targets(modules[name], exact.pop(name), actual.pop(name))
+                        data = LayerData(name, modules[name], seen, session.device)
+                        self.keep(_Fitted(name, [(draft, self.fit_one(draft, name, data))]))
+                        module = modules[name]
+                        if isinstance(module, QWeighted):
+                            rounded[name] = rounded_weight(module), module.bias
+                    done += step
+
+
+def _with_targets(module: QModule, exact: Sequence[Observations], actual: Sequence[Observations]) -> list[Observations]:
+    """Return what a layer sees behind quantized layers, with the products and gradients of the float network."""
+    return [
+        replace(have, weight=want.weight, target=module.product(*(x.float() for x in want.inputs)))
+        for want, have in zip(exact, actual, strict=True)
+    ]
+
+
+def needs_one_draft(stages: Sequence[Stage], propagate: Propagate) -> bool:
+    """Whether drafts of these stages cannot share a session with others."""
+    return propagate != "none" or any(isinstance(stage, FloatStage) and stage.in_place for stage in stages)
