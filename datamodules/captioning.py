@@ -1,20 +1,23 @@
 """Captioning: pictures with their references, and the training captions of the mini world for a language model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.captioned import CaptionedDataModule
 from datamodules.coco import CocoCaptions
+from datamodules.datamodule import task_of
 from datamodules.flickr import Flickr8kCaptions, Flickr30kCaptions
 from datamodules.images import Picture, PictureDataset
 from datamodules.mini import EpochBatches, MiniCaptions
 from datamodules.sampler import shard
+from lit_clipq.contracts import OffersTokenizer
 from lit_clipq.errors import ConfigError
 from lit_clipq.mini.captions import CAPTIONS_PER_IMAGE
 from lit_clipq.mini.world import PRESETS, picture_captions
@@ -28,7 +31,7 @@ class CaptioningDataset(Dataset):
         image: Preprocessing of one PIL picture.
     """
 
-    def __init__(self, pictures: Sequence[Picture], image: Any) -> None:
+    def __init__(self, pictures: Sequence[Picture], image: Callable[[Image.Image], Tensor]) -> None:
         self.pictures = list(pictures)
         self.decoded = PictureDataset([picture.path for picture in pictures], image)
 
@@ -156,7 +159,8 @@ class MiniCaptionText(LightningDataModule):
             return
         tokenizer = self.tokenizer
         if tokenizer is None:
-            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+            task = task_of(self)
+            tokenizer = task.tokenizer if isinstance(task, OffersTokenizer) else None
         if isinstance(tokenizer, str | Path):
             tokenizer = _load_tokenizer(Path(tokenizer))
         if tokenizer is None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lit_clipq.analysis.comparison import comparison_table, map_table
 from lit_clipq.api import QuantizationReport
+from lit_clipq.contracts import TrainingData
 from lit_clipq.errors import ConfigError, LitClipqError
 from lit_clipq.trainer import QuantTrainer
 
@@ -100,7 +101,7 @@ class ClipQuantCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what a training has seen, what it reached, and where it lies."""
         trainer = cast(QuantTrainer, self.trainer)
-        if not trainer.is_global_zero or not hasattr(self.datamodule, "training_counts"):
+        if not trainer.is_global_zero or not isinstance(self.datamodule, TrainingData):
             return
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in self.datamodule.training_counts().items()]
         lines = [f"trained on {', '.join(counts)}"]

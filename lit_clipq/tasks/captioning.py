@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_clipq.contracts import CalibrationBatch, CaptioningTask
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import CIDEr
 from lit_clipq.models import encode_image
@@ -110,7 +111,7 @@ class Captioning(ClipTask):
         """Offer the language model where a pattern of layer names speaks of it; without patterns CLIP alone."""
         self._offers_lm = any(fnmatchcase("lm", pattern.partition(".")[0]) for pattern in include)
 
-    def calibration_forward(self, batch: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor]:
+    def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
         """Embeddings of the batch; with a language model to quantize also `lm`, what it makes of the texts.
 
         `lm` is 2 sqrt(p) of the next-token probabilities, (B, L, V): the Gauss-Newton diagonal of that is the Fisher
@@ -223,6 +224,13 @@ class Captioning(ClipTask):
             self._log.close({key: picture.caption for key, picture in self._captioned.items()})
         self._captioner = None
         self._log = None
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: Captioning) -> CaptioningTask:
+        """Let the type checker hold the class against its contract."""
+        return task
 
 
 def _out_of_memory(error: Exception) -> bool:
