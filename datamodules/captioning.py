@@ -76,7 +76,7 @@ class CocoCaptioning(CaptioningDataModule, CocoCaptions):
         root: Folder with the annotation file and the pictures.
         preset: "karpathy_test": 5,000 pictures of val2014 (`dataset_coco.json`, `val2014/`). "val2017": 5,000 pictures
             (`annotations/captions_val2017.json`, `val2017/`).
-        captions_per_image: Take the first so many references of a picture; null for all.
+        captions_per_image: How many references of a picture to take, in the order of the file; null for all.
         download_train: With `download`, fetch the train pictures too, to calibrate with.
         **kwargs: See `QuantDataModule`.
 
@@ -112,8 +112,8 @@ class MiniCaptionText(LightningDataModule):
 
     Batches are `{"input_ids": int64 (B, L), "attention_mask": int64 (B, L)}`, padded on the right to the longest text
     of the batch. A text is the tokenizer's beginning-of-text token, the caption with `end`, and the end-of-text token,
-    as far as the tokenizer has these. In each epoch a picture's next of five captions is taken, in an order drawn from
-    the seed; the last, smaller batch is left out. The validation loader has all captions of the dev split.
+    as far as the tokenizer has these. Each epoch takes the next of every picture's five captions, in an order drawn
+    from the seed; the last, smaller batch is left out. The validation loader has all captions of the dev split.
 
     Args:
         tokenizer: Folder of a transformers tokenizer; by default the `tokenizer` of the task. It may also be set as an

@@ -36,7 +36,7 @@ class MiniCaptions(CaptionedDataModule):
     Args:
         root: Folder of worlds; by default the cache folder. What is absent is written there, nothing is downloaded.
         preset: "small" evaluates 500 pictures, "full" 2,500.
-        captions_per_image: Take the first so many captions of a picture; null for all five.
+        captions_per_image: How many captions of a picture to take, from the first on; null for all five.
         **kwargs: See `QuantDataModule`.
     """
 

@@ -45,8 +45,8 @@ class VQADataModule(QuantDataModule):
     Args:
         root: Folder of the data set.
         vocabulary: JSON file of a saved `AnswerVocabulary`; by default it is counted over train and val.
-        min_answer_count: The vocabulary is what is the most common answer of at least so many questions. 9 is
-            MCAN's rule (more than 8), 3,129 answers on VQA v2.
+        min_answer_count: The vocabulary holds the answers that are the most common one of at least this many
+            questions. 9 is MCAN's rule (more than 8), 3,129 answers on VQA v2.
         train_batch_size: Questions in a training batch, over all processes together.
         train_limit: Train on the first N usable pictures only; null for all. `limit` is that of the evaluation.
         seed: Seed of the order of training.
@@ -84,7 +84,7 @@ class VQADataModule(QuantDataModule):
         self.train_questions: list[Question] = []
         self.val_questions: list[Question] = []
         self.collators: dict[Split, Collator] = {}
-        """What makes batches of a split's questions in the place of `QuestionBatch`: cached features, say."""
+        """What makes batches of a split's questions in place of `QuestionBatch`, for example of cached features."""
         self._answers: AnswerVocabulary | None = None
         self._train_pictures: list[Picture] = []
         self._train_skipped = 0
@@ -192,7 +192,7 @@ class VQADataModule(QuantDataModule):
         return DataLoader(data, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def use_answers(self, words: Sequence[str]) -> None:
-        """Take the vocabulary of a trained head in the place of the one that was counted."""
+        """Take the vocabulary of a trained head in place of the one that was counted."""
         if self.answers.words != tuple(words):
             self._answers = AnswerVocabulary(tuple(words), (0,) * len(words), 0)
 
@@ -375,7 +375,7 @@ class VQAv2(VQADataModule):
         self.images_root = Path(images_root).expanduser() if images_root else self.root
 
     def archives(self) -> tuple[Archive, ...]:
-        """Official archives of what is needed and not there; pictures only where they belong into `root`."""
+        """Official archives of what is needed and not there; pictures only where they belong in `root`."""
         files = [archive for split in self._splits() for name, archive in FILES[split] if self._file(name) is None]
         pictures = [PICTURES[split] for split in ("train", "val") if split == "val" or self.fits()]
         return (*files, *(pictures if self.images_root == self.root else ()))

@@ -46,7 +46,7 @@ class ClipQuantCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Name the subcommands and the arguments of their methods that the CLI gives itself."""
+        """Name the subcommands and those arguments of their methods that the CLI supplies itself."""
         own = {"model", "dataloaders", "datamodule", "verbose"}
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
@@ -233,7 +233,7 @@ def _print_plan(report: QuantizationReport) -> None:
 
 
 def _told(error: Exception) -> str | None:
-    """Say in one line what a user can do something about; `None` for a fault of the program."""
+    """Tell in one line an error that a user can do something about; `None` for a fault of the program."""
     own = _own_error(error)  # the parser wraps what a constructor raises
     if own is None and not isinstance(error, OSError | MisconfigurationException):
         return None

@@ -357,7 +357,7 @@ class AnswerData(Protocol):
     """Data that reports by the answers of a trained head."""
 
     def use_answers(self, words: Sequence[str]) -> None:
-        """Take the vocabulary of a trained head in the place of its own."""
+        """Take the vocabulary of a trained head in place of its own."""
 
 
 @runtime_checkable

@@ -35,7 +35,7 @@ class CaptionFiles:
 
     @classmethod
     def of(cls, model: MeasuredTask, results: Path, *, resume: bool) -> "CaptionFiles":
-        """Make it for a run that writes `results`.
+        """Make the files of a run that writes `results`.
 
         Raises:
             ConfigError: `resume` for a task that writes no captions.

@@ -39,7 +39,7 @@ class CacheOptions:
     dtype: Literal["float16", "int8"] = "float16"
     """Half precision, or bytes with a scale for each token (half the size)."""
     shared: bool = True
-    """Whether all machines of a run see the same folder; otherwise each makes its own."""
+    """Whether all machines of a run see the same folder; otherwise each of them fills its own."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "int8"):
@@ -68,7 +68,7 @@ class FeatureCache:
     """What was done to it, in words."""
     options: CacheOptions
     group: int = 0
-    """Processes of the same number see the same folder."""
+    """Processes with the same group number see the same folder."""
 
     @cached_property
     def network(self) -> str:
@@ -88,14 +88,14 @@ class FeatureCache:
     def batches(
         self, data: FeatureData, splits: Sequence[Split], progress: Callable[[str, float], None] = lambda *_: None
     ) -> dict[Split, FeatureBatch]:
-        """Return the collation of each split's questions; computes what is not on disk.
+        """Return what collates each split's questions, after computing the features that are not on disk.
 
         A collective call. The global random state is left as it was, whatever had to be computed. That there is space
         for the features of all splits is checked before any is computed.
 
         Args:
             data: The data module, set up.
-            splits: Of "train" and "val".
+            splits: Which of "train" and "val".
             progress: Told what is being computed, and the share of this process's work on it that is done.
 
         Raises:

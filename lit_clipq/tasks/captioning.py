@@ -37,7 +37,7 @@ class Captioning(ClipTask):
 
     Batches are `{"images": (B, 3, H, W), "image_ids": int64 (B,), "references": list of lists of texts, "file_names":
     list of paths}`. A caption depends on its picture alone, not on those beside it. The language model stays float
-    unless a pattern of `quantize.include` speaks of `lm`.
+    unless a pattern of `quantize.include` mentions `lm`.
 
     Args:
         name: model name or path of an open_clip config JSON.
@@ -108,7 +108,7 @@ class Captioning(ClipTask):
         return {**super().roots(), **({"lm": self.lm} if self._offers_lm else {})}
 
     def offer_roots(self, include: Sequence[str]) -> None:
-        """Offer the language model where a pattern of layer names speaks of it; without patterns CLIP alone."""
+        """Offer the language model where a pattern of layer names mentions it; without patterns CLIP alone."""
         self._offers_lm = any(fnmatchcase("lm", pattern.partition(".")[0]) for pattern in include)
 
     def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class Captioning(ClipTask):
     def _language_tokens(self, tokens: Tensor) -> Tensor:
         """Return the language model's tokens (B, L) of texts given in CLIP's.
 
-        L is that of the longest caption with its prefix; a shorter text is said again. A row does not depend on the
+        L is that of the longest caption with its prefix; a shorter text is repeated. A row does not depend on the
         texts beside it, so that any number of processes calibrates on the same tokens.
         """
         decode = getattr(self.preprocessing.tokenizer, "decode", None)

@@ -78,8 +78,8 @@ class VQA(ClipTask):
             evaluate where no checkpoint is given. `fit` starts from random weights.
         question_only: Show the head no pictures: their features are zero. For comparison.
         learning_rate: Base rate of Adam; MCAN's is 1e-4 for `small` and 5e-5 for `large`.
-        betas: Of Adam.
-        eps: Of Adam.
+        betas: Decay of Adam's running means of the gradient and of its square.
+        eps: Added to the denominator of Adam's step.
         warmup: Factor on the rate in each of the first epochs.
         decay_epochs: Epochs, counted from 0, before which the rate decays.
         decay: Factor of a decay.
