@@ -162,6 +162,17 @@ def test_an_unknown_configuration_lists_the_shipped_ones(capsys):
     assert "did you mean 'coco_retrieval'" in refused(capsys, config="coco_retreival")
 
 
+@pytest.mark.parametrize("folder", ["", "configs/", "/elsewhere/configs/"])
+@pytest.mark.parametrize("suffix", ["", ".yaml"])
+def test_a_method_with_a_width_in_its_name_is_told_as_two_overlays(capsys, folder, suffix):
+    told = refused(capsys, config=f"{folder}quantize/ptq4clip_paper_w4a8{suffix}")
+    assert told.endswith("give --config quantize/ptq4clip_paper --config quantize/w4a8")
+
+
+def test_an_unknown_method_with_a_width_in_its_name_is_an_unknown_configuration(capsys):
+    assert "did you mean 'quantize/ptq4clip'" in refused(capsys, config="quantize/ptq4clop_w4a8")
+
+
 def test_shipped_configurations_are_found_by_every_spelling(tmp_path, monkeypatch):
     shipped = (ROOT / "configs" / "coco_retrieval.yaml").read_text()
     monkeypatch.chdir(tmp_path)
