@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lit_clipq.errors import ConfigError
 from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul, QModule
@@ -45,12 +46,30 @@ def _matmul_macs(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -
     return output.numel() * inputs[0].shape[-1]
 
 
-KINDS: tuple[LayerKind, ...] = (
+KINDS: list[LayerKind] = [
     LayerKind("linear", nn.Linear, QLinear, has_weight=True, operands=1, macs=_linear_macs),
     LayerKind("conv2d", nn.Conv2d, QConv2d, has_weight=True, operands=1, macs=_conv_macs),
     LayerKind("matmul", MatMul, QMatMul, has_weight=False, operands=2, macs=_matmul_macs),
     LayerKind("embedding", nn.Embedding, QEmbedding, has_weight=True, operands=0, macs=_no_macs),
-)
+]
+
+
+def register_kind(kind: LayerKind) -> None:
+    """Make a further kind of layer quantizable, for this process; a kind of this package is an entry in `KINDS`.
+
+    Args:
+        kind: The kind. Layers that an earlier one takes stay with it.
+
+    Raises:
+        ConfigError: If its name is taken, or all of its layers are taken by an earlier kind.
+    """
+    for known in KINDS:
+        if known.name == kind.name or issubclass(kind.float_type, known.float_type):
+            raise ConfigError(
+                f"layer kind {kind.name!r} for {kind.float_type.__name__} meets the kind {known.name!r} for "
+                f"{known.float_type.__name__}; give it another name, or a layer that no kind has"
+            )
+    KINDS.append(kind)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
