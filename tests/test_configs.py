@@ -1,6 +1,7 @@
 """Every shipped configuration: parsed, instantiated, and run as far as its data allows."""
 
 import json
+from itertools import product, starmap
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ METHODS = sorted(set(CONFIGS.glob("quantize/*.yaml")) - set(WIDTHS))
 MINI = sorted(path for path in CONFIGS.glob("mini/*.yaml") if not path.name.startswith("pretrain"))
 PRETRAIN = sorted(CONFIGS.glob("mini/pretrain*.yaml"))
 TASKS = sorted(CONFIGS.glob("*.yaml"))
+FAST = {"retrieval", "classification", "coco_retrieval", "vanilla", "w4a8"}
+"""Files that the fast tests run: of a kind one or two; a method with each width, a width with each method."""
+
+
+def named(*paths: Path):
+    """One set of parameters with the names of the files as its id; slow where none of them is to run fast."""
+    marks = () if FAST & {path.stem for path in paths} else pytest.mark.slow
+    return pytest.param(*paths, id="-".join(path.stem for path in paths), marks=marks)
+
+
 CAPTIONING = ["--model.beams", "1", "--model.iterations", "1", "--data.limit", "6"]
 FEW = ["--data.limit", "24", "--quantize.calibration_samples", "8", "--quantize.calibration_batch_size", "8"]
 
@@ -23,7 +34,7 @@ def test_every_file_belongs_to_a_family_below():
     assert sorted([*METHODS, *WIDTHS, *MINI, *PRETRAIN, *TASKS]) == sorted(CONFIGS.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", MINI, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(named, MINI))
 def test_mini_configurations_run(path, tmp_path):
     results = tmp_path / "results.json"
     fewer = CAPTIONING if path.stem == "captioning" else []
@@ -34,8 +45,7 @@ def test_mini_configurations_run(path, tmp_path):
     assert any(not entry["reason"] for entry in content["map"])
 
 
-@pytest.mark.parametrize("width", WIDTHS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("method", "width"), starmap(named, product(METHODS, WIDTHS)))
 def test_every_method_goes_with_every_width(method, width, capsys):
     recipe = yaml.safe_load(method.read_text())["quantize"]["recipe"]
     code, told = dry_run(capsys, f"quantize/{method.stem}", f"quantize/{width.stem}")
@@ -80,7 +90,7 @@ def named_widths(overlay: str) -> list[str]:
     return overlay.removeprefix("w").split("a")
 
 
-@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(named, TASKS))
 def test_task_configurations_name_the_data_they_lack(path, tmp_path, capsys):
     options = ["--model.pretrained", "null", "--data.root", str(tmp_path / "absent"), "--results", str(tmp_path / "r")]
     if "captioning" in path.stem:
@@ -102,6 +112,7 @@ def test_training_configurations_parse_whole(path, capsys):
     assert config["seed_everything"] == 20261123
 
 
+@pytest.mark.slow
 def test_the_vqa_configuration_trains_continues_and_is_evaluated(tmp_path, capsys, monkeypatch):
     write_data(tmp_path / "data/vqa")  # where the configuration looks: relative to the working folder
     monkeypatch.chdir(tmp_path)
