@@ -81,6 +81,7 @@ def matches(expected: str, printed: str) -> bool:
     return re.fullmatch(pattern, told) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_works_as_written(page, tmp_path):
     assert run_page(page.read_text(encoding="utf-8"), tmp_path) >= 1
