@@ -1,4 +1,4 @@
-.PHONY: setup check test bench
+.PHONY: setup check fast test bench
 
 setup:
 	pip install -e '.[dev]'
@@ -7,6 +7,9 @@ check:
 	ruff check .
 	ruff format --check .
 	mypy
+
+fast:
+	pytest -m "not slow" -n 2 --dist loadfile
 
 test:
 	pytest -n 2 --dist loadfile

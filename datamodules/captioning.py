@@ -236,7 +236,7 @@ def _load_tokenizer(folder: Path) -> Any:
         raise ConfigError(f"--data.tokenizer {folder} is no folder; give one with a tokenizer.json.")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # without a tokenizer.json it looks for further packages
         raise ConfigError(f"--data.tokenizer {folder} holds no tokenizer that can be read ({error}).") from error
 
 

@@ -200,7 +200,7 @@ def find_config(name: str) -> Path:
     """Return the configuration file called `name`.
 
     Raises:
-        ConfigError: If there is none; lists the shipped ones.
+        ConfigError: If there is none; lists the shipped ones, or names the overlays that together say the same.
     """
     if Path(name).is_file():
         return Path(name)
@@ -210,9 +210,21 @@ def find_config(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = sorted(path.relative_to(shipped).with_suffix("").as_posix() for path in shipped.rglob("*.yaml"))
+    _refuse_method_with_width(relative.removesuffix(".yaml"), known)
     close = get_close_matches(relative.removesuffix(".yaml"), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"no configuration file {name!r}; expected a path or one of {', '.join(known)}{hint}")
+
+
+def _refuse_method_with_width(name: str, known: Sequence[str]) -> None:
+    """Name the two overlays where the file of a method at a width was asked for."""
+    named = re.search(r"quantize/(\w+)_(w\d+a\d+)$", name)
+    overlays = [f"quantize/{part}" for part in named.groups()] if named else []
+    if overlays and set(overlays) <= set(known):
+        raise ConfigError(
+            f"there is no configuration file {name!r}: method and width are overlays of their own; give "
+            + " ".join(f"--config {overlay}" for overlay in overlays)
+        )
 
 
 def console() -> Console:

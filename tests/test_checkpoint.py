@@ -172,6 +172,7 @@ def test_the_recipe_comes_back_equal(shared):
     assert read_artefact(path).recipe == facts["recipe"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "factor"), [(8, 3.9), (4, 7.6)])
 def test_vit_b_32_shrinks_and_its_size_is_predicted(tmp_path, bits, factor):
     clip, facts = make("ViT-B-32", bits=bits)

@@ -68,6 +68,7 @@ def test_without_quantization_both_columns_are_the_same(tmp_path, options):
     assert results["size_bytes"]["float"] == results["size_bytes"]["quantized"]
 
 
+@pytest.mark.slow
 def test_the_float_measurement_is_remembered_until_model_or_data_change(tmp_path, cache_folder, monkeypatch):
     def remembered() -> set[Path]:
         return set((cache_folder / "float").glob("*.json"))
@@ -84,6 +85,7 @@ def test_the_float_measurement_is_remembered_until_model_or_data_change(tmp_path
     assert validate(tmp_path, "--quantize.recipe", "vanilla")["metrics"] == first["metrics"]
 
 
+@pytest.mark.slow
 def test_classification_runs_with_both_towers_of_the_resnet(tmp_path):
     results = validate(tmp_path, "--model.name", "mini-resnet", config="mini/classification")
     assert set(results["metrics"]["float"]) >= {"top1"}
@@ -91,6 +93,7 @@ def test_classification_runs_with_both_towers_of_the_resnet(tmp_path):
     assert towers == {"vision", "text"}
 
 
+@pytest.mark.slow
 def test_widths_of_towers_and_operands_reach_the_map(tmp_path):
     results = validate(tmp_path, "--quantize.vision_bits", "6", "--quantize.text_weight_bits", "4")
     widths = {(e["tower"], e["weight_bits"], e["activation_bits"]) for e in results["map"] if not e["reason"]}
@@ -162,6 +165,17 @@ def test_an_unknown_configuration_lists_the_shipped_ones(capsys):
     assert "did you mean 'coco_retrieval'" in refused(capsys, config="coco_retreival")
 
 
+@pytest.mark.parametrize("folder", ["", "configs/", "/elsewhere/configs/"])
+@pytest.mark.parametrize("suffix", ["", ".yaml"])
+def test_a_method_with_a_width_in_its_name_is_told_as_two_overlays(capsys, folder, suffix):
+    told = refused(capsys, config=f"{folder}quantize/ptq4clip_paper_w4a8{suffix}")
+    assert told.endswith("give --config quantize/ptq4clip_paper --config quantize/w4a8")
+
+
+def test_an_unknown_method_with_a_width_in_its_name_is_an_unknown_configuration(capsys):
+    assert "did you mean 'quantize/ptq4clip'" in refused(capsys, config="quantize/ptq4clop_w4a8")
+
+
 def test_shipped_configurations_are_found_by_every_spelling(tmp_path, monkeypatch):
     shipped = (ROOT / "configs" / "coco_retrieval.yaml").read_text()
     monkeypatch.chdir(tmp_path)
@@ -184,6 +198,7 @@ def test_config_options_are_replaced_in_every_position(tmp_path):
     assert resolved == ["validate", "-c", str(path), f"--config={path}", "--data.root", "x"]
 
 
+@pytest.mark.slow
 def test_the_console_script_ends_with_code_1_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "lit_clipq.cli", "validate", "--config", "configs/coco_retrieval.yaml"]
     result = subprocess.run(
@@ -228,6 +243,7 @@ def test_an_error_in_a_loading_process_is_told_without_its_traceback(capsys, mon
     assert re.fullmatch(r"error: Picture \S+ cannot be decoded\.", line)
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_no_results(tmp_path, cache_folder, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("lit_clipq.trainer.cache_dir", lambda: tmp_path / "file")
@@ -259,6 +275,7 @@ def test_a_network_that_is_quantized_is_not_measured_as_float(tmp_path):
         trainer.validate(task, datamodule=MiniRetrieval(limit=20))
 
 
+@pytest.mark.slow
 def test_two_processes_take_up_the_remembered_float_measurement(tmp_path, cache_folder):
     """To Lightning a process that it started itself looks as if another program had started it."""
     shutil.rmtree(cache_folder / "float", ignore_errors=True)
@@ -283,6 +300,7 @@ def test_two_processes_take_up_the_remembered_float_measurement(tmp_path, cache_
     assert together["metrics"] == alone["metrics"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["callbacks", "datamodules"])
 def test_a_package_that_shadows_ours_is_named(tmp_path, name):
     (tmp_path / name).mkdir()

@@ -1,6 +1,7 @@
 """Every shipped configuration: parsed, instantiated, and run as far as its data allows."""
 
 import json
+from itertools import product, starmap
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,30 @@ from lit_clipq.cli import main
 from tests.tasks.vqa_runs import write_data
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-OVERLAYS = sorted(CONFIGS.glob("quantize/*.yaml"))
+WIDTHS = sorted(CONFIGS.glob("quantize/w*a*.yaml"))
+METHODS = sorted(set(CONFIGS.glob("quantize/*.yaml")) - set(WIDTHS))
 MINI = sorted(path for path in CONFIGS.glob("mini/*.yaml") if not path.name.startswith("pretrain"))
 PRETRAIN = sorted(CONFIGS.glob("mini/pretrain*.yaml"))
 TASKS = sorted(CONFIGS.glob("*.yaml"))
+FAST = {"retrieval", "classification", "coco_retrieval", "vanilla", "w4a8"}
+"""Files that the fast tests run: of a kind one or two; a method with each width, a width with each method."""
+
+
+def named(*paths: Path):
+    """One set of parameters with the names of the files as its id; slow where none of them is to run fast."""
+    marks = () if FAST & {path.stem for path in paths} else pytest.mark.slow
+    return pytest.param(*paths, id="-".join(path.stem for path in paths), marks=marks)
+
+
 CAPTIONING = ["--model.beams", "1", "--model.iterations", "1", "--data.limit", "6"]
 FEW = ["--data.limit", "24", "--quantize.calibration_samples", "8", "--quantize.calibration_batch_size", "8"]
 
 
 def test_every_file_belongs_to_a_family_below():
-    assert sorted([*OVERLAYS, *MINI, *PRETRAIN, *TASKS]) == sorted(CONFIGS.rglob("*.yaml"))
+    assert sorted([*METHODS, *WIDTHS, *MINI, *PRETRAIN, *TASKS]) == sorted(CONFIGS.rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", MINI, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(named, MINI))
 def test_mini_configurations_run(path, tmp_path):
     results = tmp_path / "results.json"
     fewer = CAPTIONING if path.stem == "captioning" else []
@@ -33,23 +45,52 @@ def test_mini_configurations_run(path, tmp_path):
     assert any(not entry["reason"] for entry in content["map"])
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
-def test_overlays_decide_recipe_and_widths(path, capsys):
-    run = ["validate", "--config", "mini/retrieval", "--config", str(path), *FEW, "--quantize.dry_run", "true"]
-    recipe = yaml.safe_load(path.read_text())["quantize"]["recipe"]
-    if recipe is None:
-        return
-    assert main(run) == 0
-    printed = capsys.readouterr().out
-    assert f"recipe {recipe}:" in printed
-    name, _, widths = path.stem.rpartition("_w")
-    assert name == recipe
-    weight, activation = widths.split("a")
-    row = next(line for line in printed.splitlines() if "resblocks.0.mlp.c_fc" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")][2:4] == [weight, activation]
+@pytest.mark.parametrize(("method", "width"), starmap(named, product(METHODS, WIDTHS)))
+def test_every_method_goes_with_every_width(method, width, capsys):
+    recipe = yaml.safe_load(method.read_text())["quantize"]["recipe"]
+    code, told = dry_run(capsys, f"quantize/{method.stem}", f"quantize/{width.stem}")
+    if method.stem == "float":
+        assert code == 1
+        assert "nothing is quantized" in told
+    else:
+        assert code == 0
+        assert recipe == method.stem
+        assert f"recipe {recipe}:" in told
+        assert widths_of("resblocks.0.mlp.c_fc", told) == named_widths(width.stem)
 
 
-@pytest.mark.parametrize("path", TASKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("earlier", ["w4a8", "w4a4"])
+def test_a_later_width_leaves_nothing_of_an_earlier_one(earlier, capsys):
+    later = "w2a8" if earlier == "w4a4" else "w6a6"
+    code, told = dry_run(capsys, "quantize/vanilla", f"quantize/{earlier}", f"quantize/{later}")
+    assert code == 0
+    assert widths_of("resblocks.0.mlp.c_fc", told) == named_widths(later)
+
+
+def test_a_later_method_leaves_nothing_of_an_earlier_one(capsys):
+    _, alone = dry_run(capsys, "quantize/ptq4clip_paper", "quantize/w4a8")
+    _, after = dry_run(capsys, "quantize/vanilla", "quantize/ptq4clip_paper", "quantize/w4a8")
+    assert after == alone
+
+
+def dry_run(capsys, *overlays: str) -> tuple[int, str]:
+    configs = [option for overlay in overlays for option in ("--config", overlay)]
+    code = main(["validate", "--config", "mini/retrieval", *configs, *FEW, "--quantize.dry_run", "true"])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+def widths_of(layer: str, told: str) -> list[str]:
+    """Widths of weight and activations in the printed map's row of a layer."""
+    row = next(line for line in told.splitlines() if layer in line)
+    return [cell.strip() for cell in row.strip("│").split("│")][2:4]
+
+
+def named_widths(overlay: str) -> list[str]:
+    return overlay.removeprefix("w").split("a")
+
+
+@pytest.mark.parametrize("path", map(named, TASKS))
 def test_task_configurations_name_the_data_they_lack(path, tmp_path, capsys):
     options = ["--model.pretrained", "null", "--data.root", str(tmp_path / "absent"), "--results", str(tmp_path / "r")]
     if "captioning" in path.stem:
@@ -71,6 +112,7 @@ def test_training_configurations_parse_whole(path, capsys):
     assert config["seed_everything"] == 20261123
 
 
+@pytest.mark.slow
 def test_the_vqa_configuration_trains_continues_and_is_evaluated(tmp_path, capsys, monkeypatch):
     write_data(tmp_path / "data/vqa")  # where the configuration looks: relative to the working folder
     monkeypatch.chdir(tmp_path)

@@ -107,13 +107,13 @@ class QWeighted(QModule):
 
     def __init__(
         self,
-        original: nn.Linear | nn.Conv2d | nn.Embedding,
+        original: nn.Module,
         weight_quantizer: Quantizer | None,
         *input_quantizers: Quantizer | None,
     ) -> None:
         super().__init__(input_quantizers)
-        self.weight: Tensor = original.weight
-        self.bias = None if isinstance(original, nn.Embedding) else original.bias
+        self.weight: Tensor = original.get_parameter("weight")
+        self.bias = cast(Tensor | None, getattr(original, "bias", None))
         self.weight_quantizer = weight_quantizer
         self.register_buffer("weight_codes", None)
         self.training = original.training

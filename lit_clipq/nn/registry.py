@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from lit_clipq.errors import ConfigError
 from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.layout import MAPS, PAIRS, PATCHES, ROWS, Layout
 from lit_clipq.nn.matmul import MatMul
@@ -71,12 +72,30 @@ def _pairs(layer: nn.Module) -> Layout:  # noqa: ARG001
     return PAIRS
 
 
-KINDS: tuple[LayerKind, ...] = (
+KINDS: list[LayerKind] = [
     LayerKind("linear", nn.Linear, QLinear, has_weight=True, operands=1, macs=_linear_macs, layout=_rows),
     LayerKind("conv2d", nn.Conv2d, QConv2d, has_weight=True, operands=1, macs=_conv_macs, layout=_maps),
     LayerKind("matmul", MatMul, QMatMul, has_weight=False, operands=2, macs=_matmul_macs, layout=_pairs),
     LayerKind("embedding", nn.Embedding, QEmbedding, has_weight=True, operands=0, macs=_no_macs, layout=_rows),
-)
+]
+
+
+def register_kind(kind: LayerKind) -> None:
+    """Make a further kind of layer quantizable, for this process; a kind of this package is an entry in `KINDS`.
+
+    Args:
+        kind: The kind. Layers that an earlier one takes stay with it.
+
+    Raises:
+        ConfigError: If its name is taken, or all of its layers are taken by an earlier kind.
+    """
+    for known in KINDS:
+        if known.name == kind.name or issubclass(kind.float_type, known.float_type):
+            raise ConfigError(
+                f"layer kind {kind.name!r} for {kind.float_type.__name__} meets the kind {known.name!r} for "
+                f"{known.float_type.__name__}; give it another name, or a layer that no kind has"
+            )
+    KINDS.append(kind)
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -91,6 +110,6 @@ def layout_of(module: nn.Module) -> Layout:
         TypeError: For a module of no kind.
     """
     for kind in KINDS:
-        if isinstance(module, kind.float_type) or isinstance(module, cast(type, kind.quantized_type)):
+        if isinstance(module, (kind.float_type, cast(type, kind.quantized_type))):
             return kind.layout(module)
     raise TypeError(f"expected a layer of a kind in lit_clipq.nn.registry, got {type(module).__name__}; add an entry")

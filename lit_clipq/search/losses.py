@@ -11,7 +11,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_clipq.calibration.observations import Observations
 from lit_clipq.distributed import sum_over_ranks
@@ -107,7 +107,7 @@ class ProductLosses:
         weight = cast(Tensor, self.weight if weight is None else weight)
         if layout is ROWS:
             return F.linear(x, weight.flatten(1), self.bias)
-        return nn.Conv2d._conv_forward(cast(nn.Conv2d, self.module), x, weight, self.bias)
+        return cast(QWeighted, self.module).product_with(weight, x)
 
     def targets(self, o: Observations) -> Tensor:
         """Return the float product of observed operands."""

@@ -428,6 +428,7 @@ def rows_of(real_data, split):
     return questions["questions"], annotations["annotations"]
 
 
+@pytest.mark.slow
 def test_the_official_files_load_and_the_vocabulary_follows_the_papers_rule(real_data):
     data = VQAv2(str(real_data / "vqa"))
     vocabulary = data.count_answers()
@@ -450,6 +451,7 @@ def test_the_official_files_load_and_the_vocabulary_follows_the_papers_rule(real
     assert list(vocabulary.words) == sorted(frequent, key=lambda word: (-frequent[word], word))
 
 
+@pytest.mark.slow
 def test_the_real_questions_are_asked_where_pictures_exist(real_data, preprocessing, tmp_path):
     photographs = {int(path.stem): path for path in (real_data / "coco/train2017").iterdir()}
     expected = {}
@@ -472,6 +474,7 @@ def test_the_real_questions_are_asked_where_pictures_exist(real_data, preprocess
 # The mini world
 
 
+@pytest.mark.slow
 def test_the_mini_world_is_evaluated_without_the_world_of_training(preprocessing):
     data = MiniVQA()
     data.preprocessing = preprocessing

@@ -38,6 +38,7 @@ def calibrated():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_processes_take_the_scales_of_one(calibrated, name):
     (first, layers), (second, others), (alone, expected) = (found[name] for found in calibrated)
@@ -66,6 +67,7 @@ def calibrate_one_sided(rank: int, world_size: int) -> list[dict[str, torch.Tens
     return found
 
 
+@pytest.mark.slow
 def test_a_process_that_reaches_no_picture_layer_takes_part():
     both = run_processes(calibrate_one_sided, 2, world_size=2, timeout=400)
     for first, second in zip(*both, strict=True):

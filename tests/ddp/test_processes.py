@@ -40,11 +40,13 @@ def test_exception_in_a_process_fails_with_its_traceback():
         run_processes(raise_on_last)
 
 
+@pytest.mark.slow
 def test_dead_process_fails():
     with pytest.raises(AssertionError, match="rank 1 died with exit code 3"):
         run_processes(die_on_last)
 
 
+@pytest.mark.slow
 def test_hanging_processes_fail_after_the_timeout():
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] did not return in time"):
         run_processes(hang, timeout=6)

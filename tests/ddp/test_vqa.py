@@ -30,6 +30,7 @@ def runs(tmp_path_factory):
     return folder, root, train(root, folder / "one", 1), run_processes(train_on_rank, root, folder / "two", timeout=240)
 
 
+@pytest.mark.slow
 def test_the_loss_curve_of_two_processes_is_that_of_one(runs):
     _, _, one, two = runs
     assert len(one[0]) == 12

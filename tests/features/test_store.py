@@ -126,6 +126,7 @@ t.store(Path(sys.argv[1])).fill(compute)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_its_finished_shards(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", CRASHING, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "half way"
@@ -165,6 +166,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_is_told_and_finished_shards_stay(tmp_path):
     run = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
     assert "is full after 2 of 4 missing shards, which stay" in run.stdout

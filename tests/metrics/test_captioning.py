@@ -120,6 +120,7 @@ def count_unnamed(rank):
     return metric.evaluation().counts["images"], metric.compute()["cider"]
 
 
+@pytest.mark.slow
 def test_captions_without_ids_are_counted_over_processes():
     one = CIDEr()
     one.update([CAPTIONS[0], *CAPTIONS, CAPTIONS[0]], [REFERENCES[0], *REFERENCES, REFERENCES[0]])

@@ -102,6 +102,7 @@ def evaluate_shards(rank, plans):
     return results
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives():
     plans = [
         ([0, 2], [1]),
@@ -124,5 +125,6 @@ def compute_nothing(rank):
     return errors
 
 
+@pytest.mark.slow
 def test_no_sample_in_any_process_is_an_error_in_all():
     assert run_processes(compute_nothing) == [["DataError"] * len(CASES)] * 2

@@ -118,6 +118,7 @@ def test_trained_model_finds_captions_far_above_chance_and_below_perfection(name
     assert 0.4 < recall < 0.95
 
 
+@pytest.mark.slow
 def test_the_shipped_head_is_the_recorded_one_and_sees(tmp_path):
     path = head_path("mini-vit")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == WEIGHT_HASHES["mini-vit-vqa"]

@@ -69,6 +69,7 @@ def test_recall_counts_own_rows():
     assert recall_at_1(gallery[[0, 1, 3, 2]], gallery) == 0.5
 
 
+@pytest.mark.slow
 def test_training_learns_pairs_by_heart(tmp_path):
     lightning.seed_everything(0)
     task = ContrastiveTask("mini-vit", warmup_steps=2)
@@ -90,6 +91,7 @@ def test_a_run_logs_and_exports(pretrain_root, tmp_path):
     assert all(t.dtype == torch.float16 for t in load_file(target).values() if t.is_floating_point())
 
 
+@pytest.mark.slow
 def test_a_run_resumed_from_its_checkpoint_ends_with_the_same_weights(pretrain_root, tmp_path):
     whole, _ = fit(pretrain_root, tmp_path / "a", 3)
     fit(pretrain_root, tmp_path / "b", 3, stop_after=1)

@@ -37,6 +37,7 @@ def assert_loaded(loaded, state):
     assert all(torch.equal(found[name], state[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_random_weights_need_no_network_and_prepare_pictures_and_texts():
     loaded = load_clip("ViT-B-32")
     assert (loaded.name, loaded.pretrained) == ("ViT-B-32", None)

@@ -75,6 +75,7 @@ def test_coca_decoder_with_cross_attention_equals_the_original():
 FULL_WIDTH = ["RN50", "ViT-B-32", "ViT-B-32-quickgelu", "coca_ViT-B-32", "ViT-B-16-SigLIP", "EVA02-B-16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_WIDTH)
 def test_published_architectures_at_full_width_equal_the_original(name):
     """Few layers (timm: the first two blocks) to be fast; widths, heads and masks as published."""

@@ -1,16 +1,18 @@
 """One shared tester over every kind of quantizable layer."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from lit_clipq.errors import ConfigError
 from lit_clipq.functional.granularity import PerChannel, PerToken, extrema
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import Phase, QModule, QWeighted
 from lit_clipq.nn.quantizer import UniformQuantizer
-from lit_clipq.nn.registry import KINDS, kind_of
+from lit_clipq.nn.registry import KINDS, kind_of, register_kind
 from lit_clipq.nn.size import stored_bytes
 
 CASES = {
@@ -45,6 +47,14 @@ def calibrate(layer: QModule, inputs):
 
 def test_every_registered_kind_is_covered():
     assert {kind.name for kind in KINDS} == set(CASES)
+
+
+@pytest.mark.parametrize(("name", "float_type"), [("linear", nn.Bilinear), ("bilinear", nn.Linear)])
+def test_a_kind_that_meets_an_earlier_one_is_refused(name, float_type):
+    before = list(KINDS)
+    with pytest.raises(ConfigError, match=f"'{name}' for {float_type.__name__} meets the kind 'linear' for Linear"):
+        register_kind(replace(KINDS[0], name=name, float_type=float_type))
+    assert before == KINDS
 
 
 @pytest.mark.parametrize("name", CASES)

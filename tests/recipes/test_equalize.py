@@ -40,7 +40,8 @@ def equalised(model, batch, recipe=None):
     return plain, changed, gains, report
 
 
-EVERY = pytest.mark.parametrize("run", ["mini-vit", "mini-vit-outlier", "mini-resnet"], indirect=True)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mini-vit", "mini-resnet")]
+EVERY = pytest.mark.parametrize("run", ["mini-vit-outlier", *SLOW], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,7 @@ def test_only_layers_that_are_quantized_decide():
     assert all(bool((gain == 1).all()) for norm, gain in gains.items() if not norm.startswith("visual."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [PTQ4CLIPPaper, BasePTQ])
 def test_published_recipes_leave_the_norms_as_they_are(recipe):
     clip = load_clip("mini-vit-outlier", "mini")
@@ -246,12 +248,14 @@ def test_a_run_that_fails_in_the_proof_leaves_the_weights_as_they_were(monkeypat
     assert all(torch.equal(x, state[key]) for key, x in clip.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_batch_given_twice_is_taken_twice():
     clip = load_clip("mini-vit", "mini")
     batch = pairs(clip)
     assert quantize(clip.model, [batch, batch], PTQ4CLIP(bits=BITS)).equalized
 
 
+@pytest.mark.slow
 def test_values_stay_where_channels_of_a_weight_share_a_scale_or_a_cache_keeps_them():
     clip = load_clip("mini-vit-outlier", "mini")
     _, _, _, report = equalised(clip.model, pairs(clip), PTQ4CLIP(bits=BITS, per_channel=False))

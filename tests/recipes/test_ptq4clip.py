@@ -21,7 +21,7 @@ TEXTS = [
 ]
 
 
-BOTH = pytest.mark.parametrize("clip", ["mini-vit", "mini-resnet"], indirect=True)
+BOTH = pytest.mark.parametrize("clip", ["mini-vit", pytest.param("mini-resnet", marks=pytest.mark.slow)], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,7 @@ def test_grids_follow_what_stands_in_front_of_a_layer(at_eight_bits):
     assert isinstance(block.attn.av, StartTokenAverage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "grid"), [("uniform", UniformQuantizer), ("log2", LogQuantizer), ("log_sqrt2", LogQuantizer)]
 )
@@ -113,6 +114,7 @@ def test_the_start_token_is_a_constant_of_the_float_network(clip, batch, at_eigh
     assert torch.allclose(model.transformer.resblocks[1].attn.qk.constant, seen["keys"][:1, ..., :1], atol=1e-5)
 
 
+@pytest.mark.slow
 @BOTH
 def test_less_memory_means_more_passes_and_the_same_scales(clip, batch):
     free, one = quantized(clip, batch, PTQ4CLIP(bits=bits(6)))
@@ -126,6 +128,7 @@ def test_less_memory_means_more_passes_and_the_same_scales(clip, batch):
         quantized(clip, batch, PTQ4CLIP(bits=bits(6)), memory_limit_bytes=1000)
 
 
+@pytest.mark.slow
 @BOTH
 def test_one_batch_or_several_is_the_same_set(clip, batch, at_eight_bits):
     model, _ = at_eight_bits
@@ -183,6 +186,7 @@ def test_the_baseline_has_uniform_grids_only(clip, batch):
     assert report.map.float_share == 0
 
 
+@pytest.mark.slow
 @BOTH
 def test_layers_one_after_the_other_and_bias_correction_run(batch, clip):
     include = ("clip.visual.layer4.*",) if "resnet" in clip.name else ("clip.visual.transformer.resblocks.0.*",)
@@ -202,6 +206,7 @@ def test_options_from_the_command_line_are_checked():
         make_recipe("ptq4clip", search={"speed": 1})
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip, batch, at_four_bits):
     whole, full = at_four_bits
@@ -214,6 +219,7 @@ def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip,
     assert all(result.after <= result.before for result in report.layers.values())
 
 
+@pytest.mark.slow
 @BOTH
 def test_several_draws_are_averaged(clip, batch, at_four_bits):
     one, several = at_four_bits[1].layers, quantized(clip, batch, PTQ4CLIP(bits=bits(4), draws=4))[1].layers

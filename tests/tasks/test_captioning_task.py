@@ -82,6 +82,7 @@ def test_one_caption_a_picture_and_their_cider(tmp_path):
     assert task.sample_scores()["cider"].clusters.tolist() == sorted(ids)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_captions_and_scores_of_one(tmp_path):
     plans = [[0, 1, 0, 1, 0, 1], [0] * 6]
     alone = outcome(evaluate(tmp_path))
@@ -130,6 +131,7 @@ def test_captions_of_another_run_are_not_continued(tmp_path):
     assert CaptionLog(path, "two", resume=True).open() == {}
 
 
+@pytest.mark.slow
 def test_resume_from_the_command_line_and_the_files_it_leaves(tmp_path, capsys):
     results = tmp_path / "results.json"
     assert main([*RUN, "--results", str(results)]) == 0
@@ -220,6 +222,7 @@ def test_the_language_model_is_offered_where_a_pattern_speaks_of_it():
         torch.testing.assert_close(rows[row : row + 1], alone)
 
 
+@pytest.mark.slow
 def test_a_quantized_language_model_still_captions_and_its_layers_are_in_the_map(tmp_path):
     results = tmp_path / "results.json"
     run = [*RUN, "--quantize.recipe", "ptq4clip", "--quantize.include", '["clip.visual.*", "lm.*"]']

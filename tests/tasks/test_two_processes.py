@@ -35,6 +35,7 @@ def evaluate_on_rank(rank, folder, plans):
     return [evaluate(folder, 2, *plan) for plan in plans]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     plans = [
         (RETRIEVAL_PLANS["alternating"], CLASSIFICATION_PLANS["alternating"]),

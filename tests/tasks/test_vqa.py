@@ -73,6 +73,7 @@ def test_a_training_learns_what_the_pictures_show(root, tmp_path):
     assert task.sample_counts() == {"questions": 18}
 
 
+@pytest.mark.slow
 def test_a_head_without_pictures_answers_from_the_question_alone(root, tmp_path):
     blind = make_task(tmp_path / "cache", dropout=0.0, question_only=True)
     fit(root, tmp_path, max_epochs=25, task=blind)
@@ -129,6 +130,7 @@ def test_a_training_that_continues_ends_with_the_same_weights(root, whole, tmp_p
     assert equal(weights(again), weights(task))
 
 
+@pytest.mark.slow
 def test_a_killed_training_continues_to_the_same_weights(root, whole, tmp_path):
     command = [
         sys.executable,
@@ -209,6 +211,7 @@ def test_a_checkpoint_is_evaluated_whatever_head_weights_the_configuration_names
         validate(make_task("unused", head_weights="mini"), root, tmp_path)
 
 
+@pytest.mark.slow
 def test_lightnings_own_trainer_evaluates_head_weights(root, whole, tmp_path):
     _, trained, _ = whole
     validate(trained, root, tmp_path)
@@ -368,6 +371,7 @@ def test_a_trained_head_is_evaluated_quantized(root, whole, tmp_path):
         assert run.comparison.differences.keys() == run.comparison.float_metrics.keys()
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_clip_alone_and_the_head_is_that_of_the_run(root, whole, tmp_path):
     folder, trained, _ = whole
     saved, exported = tmp_path / "saved", tmp_path / "head.safetensors"
@@ -400,6 +404,7 @@ def test_a_quantized_head_is_not_saved_and_that_is_told_first(root, whole, tmp_p
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.slow
 def test_the_search_of_ptq4clip_reaches_clip_and_head(root, whole, tmp_path):
     callback = quantizing(recipe="ptq4clip", bits=6, include=["clip.*block*.0.*", "head.*"])
     run = validate(make_task("unused"), root, tmp_path, callback, ckpt_path=checkpoint(whole[0], ALL_STEPS))

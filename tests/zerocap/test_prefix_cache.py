@@ -23,7 +23,9 @@ def tower(recipe=None):
 
 
 @pytest.mark.parametrize(
-    "recipe", [None, Vanilla(attention_products=True), PTQ4CLIP()], ids=["float", "vanilla", "ptq4clip"]
+    "recipe",
+    [None, Vanilla(attention_products=True), pytest.param(PTQ4CLIP(), marks=pytest.mark.slow)],
+    ids=["float", "vanilla", "ptq4clip"],
 )
 @torch.no_grad()
 def test_endings_behind_kept_prefixes_give_the_embeddings_of_whole_texts(recipe):

@@ -18,6 +18,9 @@ from lit_clipq.zerocap.reference import PlainZeroCap
 from lit_clipq.zerocap.steps import Beams, CaptionModel, guidance_loss, moved, next_log_probabilities
 
 FEW = {"prefix": "there is", "beams": 2, "candidates": 24, "iterations": 2, "max_tokens": 5}
+FLOAT_AND_QUANTIZED = pytest.mark.parametrize(
+    "quantized", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float", "quantized"]
+)
 
 
 def mini_clip(dtype, quantized):
@@ -45,7 +48,7 @@ def embedded(clip, count):
     return F.normalize(encode_image(clip, images), dim=-1)[:count]
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
+@FLOAT_AND_QUANTIZED
 def test_both_engines_write_the_same_captions_in_float64(quantized):
     clip, tokenizer = mini_clip(torch.float64, quantized)
     lm, images = mini_lm(torch.float64), embedded(clip, 3)
@@ -73,7 +76,7 @@ def test_both_engines_agree_at_the_edges_of_the_options(options):
     assert (fast.candidates.positions == 0) == (options.get("guided") is False)
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
+@FLOAT_AND_QUANTIZED
 def test_a_caption_does_not_depend_on_the_pictures_beside_it(quantized):
     clip, tokenizer = mini_clip(torch.float32, quantized)
     lm, images = mini_lm(torch.float32), embedded(clip, 6)
@@ -107,6 +110,7 @@ def test_other_text_towers_run_whole_texts_and_say_so(caplog):
     assert captioner.captions(images) == expected
 
 
+@pytest.mark.slow
 def test_guided_captions_are_nearer_to_their_pictures_than_unguided_ones():
     clip, tokenizer = mini_clip(torch.float32, False)
     lm, images = mini_lm(torch.float32), embedded(clip, 6)
