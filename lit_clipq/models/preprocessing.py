@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from lit_clipq.errors import ModelError
+from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models.configs import ModelConfig
 
 DEFAULT_CONTEXT_LENGTH = 77
+INTERPOLATIONS = ("bicubic", "bilinear")
+RESIZE_MODES = ("shortest", "longest", "squash")
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,54 @@ class Preprocessing:
     """How to prepare a model's input.
 
     Attributes:
-        image: Turns a picture into a float32 tensor (3, H, W). tokenizer: Turns n texts into int64 token ids (n,
-        context_length). context_length: Tokens of a text, padding included. fingerprint: Hash of the image transform
-        and of the tokenizer with its vocabulary; equal fingerprints prepare equal
-            inputs.
+        image: Turns a picture into a float32 tensor (3, H, W).
+        tokenizer: Turns n texts into int64 token ids (n, context_length).
+        context_length: Tokens of a text, padding included.
+        fingerprint: Hash of the image transform and of the tokenizer with its vocabulary; equal fingerprints prepare
+            equal inputs.
     """
 
     image: Callable[[Image.Image], Tensor]
     tokenizer: Callable[[list[str]], Tensor]
     context_length: int
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """How pictures are prepared, where the user says so; None leaves it to the weights.
+
+    Raises:
+        ConfigError: A value that no picture can be prepared with.
+    """
+
+    mean: Sequence[float] | float | None = None
+    """Subtracted from red, green and blue in [0, 1]; one number for all three."""
+    std: Sequence[float] | float | None = None
+    """What these are divided by; one number for all three."""
+    interpolation: str | None = None
+    """`bicubic` or `bilinear`."""
+    resize_mode: str | None = None
+    """`shortest`: the shorter side fits and the middle is cut out; `longest`: the longer side fits and the rest is
+    filled; `squash`: both sides fit, whatever the shape."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            numbers = tuple(float(v) for v in ([value] * 3 if isinstance(value, int | float) else value))
+            if len(numbers) != 3 or not all(math.isfinite(v) and v > least for v in numbers):
+                sign = " above 0" if name == "std" else ""
+                raise ConfigError(f"--model.{name} must be one number{sign}, or three, got {value}.")
+            object.__setattr__(self, name, numbers)
+        for name, choices in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
+            if getattr(self, name) not in (None, *choices):
+                raise ConfigError(f"--model.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def chosen(self) -> dict[str, Any]:
+        """Return what is given, by open_clip's names."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class HubTokenizer:
