@@ -109,8 +109,8 @@ def _read_folder(name: str, folder: Path) -> ModelConfig:
         hint = "give one with it"
         if (folder / TRANSFORMERS_CONFIG).is_file():
             hint = (
-                f"it is one of transformers': give the open_clip name of its architecture as --model.name, and {folder} "
-                "as --model.pretrained"
+                "it is one of transformers': give the open_clip name of its architecture as --model.name, and this "
+                "folder as --model.pretrained"
             )
         raise ModelError(f"model {name!r}: the folder {folder} holds no {OPEN_CLIP_CONFIG}; {hint}")
     config = replace(_read_json(name, file), folder=folder)

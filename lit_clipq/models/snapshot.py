@@ -80,7 +80,7 @@ def weights_in(folder: Path) -> Path:
 
 
 def evidence_beside(path: Path, published: str | None) -> Evidence:
-    """Read what lies beside a weights file: open_clip's or transformers' configuration, or its place in the hub's cache.
+    """Read what lies beside a weights file: open_clip's or transformers' configuration, its place in the hub's cache.
 
     A folder of the hub's cache is named after its repository; where open_clip lists that repository for the model, the
     weights are the ones it lists. No other part of a path says anything.

@@ -228,8 +228,8 @@ def _check_fit(where: str, config: ModelConfig, expected: Mapping[str, Tensor], 
     if len(missing) == len(expected):
         raise ModelError(
             f"{where} holds no CLIP: none of its {len(state)} tensors (first: {unexpected[0]}) has a name of model "
-            f"{config.name!r} (first: {missing[0]}); give the weights of a whole CLIP (a checkpoint of a head belongs to "
-            "--ckpt_path)"
+            f"{config.name!r} (first: {missing[0]}); give the weights of a whole CLIP (a checkpoint of a head belongs "
+            "to --ckpt_path)"
         )
     if missing or unexpected or misshapen:
         parts = (
