@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from datamodules.images import ContentIndex, Picture, damage
+from datamodules.images import ContentIndex, Picture
 from lit_clipq.errors import CalibrationError, DataError
+from lit_clipq.models.pictures import damage
 
 if TYPE_CHECKING:
     from lit_clipq.models import Preprocessing

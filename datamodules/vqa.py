@@ -25,12 +25,13 @@ from datamodules.download import (
     VQA_VAL_QUESTIONS,
     Archive,
 )
-from datamodules.images import Picture, PictureDataset, list_pictures, load_rgb, usable_pictures
+from datamodules.images import Picture, PictureDataset, list_pictures, usable_pictures
 from datamodules.sampler import ResumableLoader, ShuffledBatches, shard
 from datamodules.vqa_files import Question, read_questions
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional import AnswerVocabulary
 from lit_clipq.models import Preprocessing
+from lit_clipq.models.pictures import load_rgb
 
 logger = logging.getLogger(__name__)
 
