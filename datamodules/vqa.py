@@ -118,7 +118,7 @@ class VQADataModule(QuantDataModule):
 
     def read_folder(self, folder: Path) -> list[Picture]:
         """List the pictures of a calibration folder, with captions where its layout is one of COCO's or Flickr's."""
-        return read_captioned_folder(folder) or [Picture(path) for path in list_pictures(folder)]
+        return read_captioned_folder(folder, self.gaps_elsewhere()) or [Picture(path) for path in list_pictures(folder)]
 
     def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:  # noqa: ARG002
         """Return the tokens of a question about each picture, or None where calibration pictures have no texts."""
