@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,6 +29,7 @@ from datamodules.images import (
 from datamodules.sampler import ShardSampler
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.models.pictures import DECODING
+from lit_clipq.models.preprocessing import count_cut_texts
 
 if TYPE_CHECKING:
     from lit_clipq.models import Preprocessing
@@ -257,6 +259,21 @@ class QuantDataModule(LightningDataModule, ABC):
         counts = {"images": len(self.pictures), "skipped": self._skipped, "calibration_held_out": self._held_out}
         happened = {**(self.gaps or {}), "files_not_read": self.unread.total()}
         return {**counts, **{name: count for name, count in happened.items() if count}}
+
+    def cut_counts(self, texts: Sequence[str]) -> dict[str, int]:
+        """Return how many of the evaluated texts the model cuts, and at which length; empty where it cuts none."""
+        preprocessing = self.checked_preprocessing()
+        cut = count_cut_texts(preprocessing, texts)
+        found = {"texts": len(texts), "texts_cut": cut, "context_length": preprocessing.context_length}
+        return found if cut else {}
+
+    def batch_limit(self) -> int | float:
+        """Return the Trainer's limit on the batches of an evaluation: a number, or as float a share; 1.0 is all."""
+        if self.trainer is None:
+            return 1.0
+        testing = self.trainer.state.fn == TrainerFn.TESTING
+        limit: int | float = self.trainer.limit_test_batches if testing else self.trainer.limit_val_batches
+        return limit
 
     def checked_preprocessing(self) -> "Preprocessing":
         """Return the preprocessing.

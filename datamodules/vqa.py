@@ -92,6 +92,7 @@ class VQADataModule(QuantDataModule):
         self._train_pictures: list[Picture] = []
         self._train_skipped = 0
         self._read: dict[str, list[Question]] = {}
+        self._cut: dict[str, int] = {}
 
     # What a data set says about itself
 
@@ -147,6 +148,7 @@ class VQADataModule(QuantDataModule):
             self._answers = self.count_answers() if saved is None else AnswerVocabulary.load(saved)
             self.val_questions = self._about("val", self.pictures)
             self._log_coverage("val", self.val_questions)
+            self._cut = self.cut_counts([question.text for question in self.val_questions])
         if stage in (None, TrainerFn.FITTING) and not self._train_pictures:
             listed = self._listed("train")
             self._train_pictures, self._train_skipped = usable_pictures(listed, self.on_error, self.train_limit)
@@ -234,8 +236,8 @@ class VQADataModule(QuantDataModule):
         return loader
 
     def sample_counts(self) -> dict[str, int]:
-        """Return the counts of pictures, of questions, of answers to choose from, and of what these do not reach."""
-        return {**super().sample_counts(), **self._reach(self.val_questions)}
+        """Return the counts of pictures, questions and answers to choose from, of what is out of reach or cut."""
+        return {**super().sample_counts(), **self._reach(self.val_questions), **self._cut}
 
     def training_counts(self) -> dict[str, int]:
         """Return the same of the training split, after `setup("fit")`."""

@@ -20,7 +20,10 @@ from rich.console import Console
 from lit_clipq.analysis.comparison import comparison_table, map_table
 from lit_clipq.api import QuantizationReport
 from lit_clipq.errors import ConfigError, LitClipqError
-from lit_clipq.trainer import QuantTrainer
+from lit_clipq.trainer import QuantTrainer, spawning_refused
+
+SPAWNING = re.compile(r"spawn|fork|notebook")
+"""What the names of strategies have in them that start their workers out of the running process."""
 
 
 class Parser(LightningArgumentParser):
@@ -78,6 +81,9 @@ class ClipQuantCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             raise ConfigError(f"a configuration file is not UTF-8 text ({error}); give YAML") from error
+        strategy = self.config[self.config.subcommand].trainer.get("strategy")
+        if isinstance(strategy, str) and SPAWNING.search(strategy):
+            raise ConfigError(spawning_refused(strategy))  # before model and data are made
         options = self.config[self.config.subcommand].get("quantize")
         if options is not None and options.load is not None:
             given = {str(arg).partition("=")[0] for arg in args}

@@ -15,10 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import distributed as dist
 
 from lit_clipq.analysis.caption_run import CaptionedRow, CaptionFiles, captioned_rows, digest_of
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
+from lit_clipq.analysis.counts import evaluated_counts
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
 from lit_clipq.errors import ConfigError, ModelError
@@ -96,6 +98,7 @@ class QuantTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        _check_launcher(self.strategy)
         self.results = results
         self.resume = resume
         self.float_cache = float_cache
@@ -147,6 +150,7 @@ class QuantTrainer(Trainer):
         Returns:
             Metrics of the last pass, one dictionary a loader, as Lightning returns them.
         """
+        _check_limit("limit_val_batches", self.limit_val_batches)
         return self._compare(super().validate, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def test(  # type: ignore[override]
@@ -171,6 +175,7 @@ class QuantTrainer(Trainer):
         Returns:
             Metrics of the last pass, one dictionary a loader, as Lightning returns them.
         """
+        _check_limit("limit_test_batches", self.limit_test_batches)
         return self._compare(super().test, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def _compare(
@@ -334,7 +339,7 @@ def versions() -> dict[str, str]:
 def _measurement(model: Any, datamodule: Any) -> Measurement:
     counts = dict(model.sample_counts())
     if hasattr(datamodule, "sample_counts"):
-        counts |= datamodule.sample_counts()
+        counts = evaluated_counts(counts, datamodule.sample_counts())
     scores = {
         name: Scores(s.values.double().tolist(), s.clusters.tolist()) for name, s in model.sample_scores().items()
     }
@@ -386,6 +391,39 @@ def _check_writable(path: Path) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise ConfigError(f"results cannot be written to {path}: {error}; give another --results") from error
+
+
+def _check_launcher(strategy: Any) -> None:
+    """Refuse workers that are spawned or forked out of this process.
+
+    The result of an evaluation is this Trainer's, and what such a worker measures never comes back to it.
+
+    Raises:
+        ConfigError: The strategy starts its processes that way.
+    """
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(spawning_refused(f"of type {type(strategy).__name__}"))
+
+
+def spawning_refused(strategy: str) -> str:
+    """Say why a strategy that spawns or forks its workers is refused, and what to use."""
+    return (
+        f"--trainer.strategy {strategy} spawns or forks its workers, whose results do not come back; give ddp, which "
+        "starts the program once for each device, or use torchrun"
+    )
+
+
+def _check_limit(name: str, limit: int | float) -> None:
+    """Refuse an evaluation of nothing.
+
+    Raises:
+        ConfigError: The limit on its batches is 0.
+    """
+    if limit == 0:
+        raise ConfigError(
+            f"--trainer.{name} 0 leaves nothing to evaluate; give 1 or more batches, a share between 0 and 1, or leave "
+            "it out"
+        )
 
 
 def _check_checkpoint(path: str | Path | None, weights_only: bool | None) -> None:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models.configs import ModelConfig
 
 DEFAULT_CONTEXT_LENGTH = 77
+_SPECIAL_TOKENS = 8
 INTERPOLATIONS = ("bicubic", "bilinear")
 RESIZE_MODES = ("shortest", "longest", "squash")
 
@@ -25,14 +28,15 @@ class Preprocessing:
 
     Attributes:
         image: Turns a picture into a float32 tensor (3, H, W).
-        tokenizer: Turns n texts into int64 token ids (n, context_length).
+        tokenizer: Turns n texts into int64 token ids (n, context_length); with `context_length` as a second argument
+            to that many.
         context_length: Tokens of a text, padding included.
         fingerprint: Hash of the image transform and of the tokenizer with its vocabulary; equal fingerprints prepare
             equal inputs.
     """
 
     image: Callable[[Image.Image], Tensor]
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Callable[..., Tensor]
     context_length: int
     fingerprint: str
 
@@ -74,6 +78,31 @@ class PreprocessingOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+def count_cut_texts(preprocessing: Preprocessing, texts: Sequence[str]) -> int:
+    """Count texts that have more tokens than the model reads.
+
+    A text is cut where one more place shows another token in it, or changes those before it (a token that ends every
+    text moves).
+
+    Args:
+        preprocessing: Of the model.
+        texts: The texts; equal ones count each.
+
+    Returns:
+        How many of them are cut.
+    """
+    length = preprocessing.context_length
+    # A token stands for a byte or more, after normalisation, and a text gets a few of its own.
+    long = Counter(t for t in texts if len(unicodedata.normalize("NFKC", t).encode()) + _SPECIAL_TOKENS > length)
+    if not long:
+        return 0
+    names = list(long)
+    kept, longer = preprocessing.tokenizer(names), preprocessing.tokenizer(names, context_length=length + 1)
+    padding = preprocessing.tokenizer([""], context_length=length + 1)[0, -1]
+    cut = (longer[:, :-1] != kept).any(dim=1) | (longer[:, -1] != padding)
+    return sum(long[name] for name, is_cut in zip(names, cut.tolist(), strict=True) if is_cut)
+
+
 class HubTokenizer:
     """Tokenizer whose files are on the Hugging Face hub; they are looked for at the first call.
 
@@ -93,19 +122,23 @@ class HubTokenizer:
         self.mode = mode
         self.options = options
         self.download = download
-        self._tokenizer: Callable[[list[str]], Tensor] | None = None
+        self._tokenizer: Callable[[list[str], int | None], Tensor] | None = None
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
         """Tokenize n texts to int64 (n, context_length).
+
+        Args:
+            texts: The texts.
+            context_length: Another number of tokens than the model's.
 
         Raises:
             ModelError: Where the tokenizer's files cannot be had.
         """
         if self._tokenizer is None:
             self._tokenizer = self._load()
-        return self._tokenizer(texts)
+        return self._tokenizer(texts, context_length)
 
-    def _load(self) -> Callable[[list[str]], Tensor]:
+    def _load(self) -> Callable[[list[str], int | None], Tensor]:
         from open_clip.tokenizer import HFTokenizer
 
         source = local_snapshot(self.source, ("tokenizer.json", "tokenizer_config.json"))
@@ -172,7 +205,7 @@ def make_preprocessing(config: ModelConfig, image_size: int | tuple[int, int], *
 
 def _make_tokenizer(
     text_cfg: dict[str, Any], context_length: int, *, download: bool
-) -> tuple[Callable[[list[str]], Tensor], dict[str, Any]]:
+) -> tuple[Callable[..., Tensor], dict[str, Any]]:
     """Return a tokenizer and what tells it from others."""
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 

@@ -12,6 +12,7 @@ from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
+from lit_clipq.models.preprocessing import count_cut_texts
 from lit_clipq.tasks.task import ClipTask
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class ZeroShotClassification(ClipTask):
         self.metric = TopKAccuracy(ks=ks)
         self._classes = torch.empty(0, 0)  # (distinct classes, D)
         self._class_row = torch.empty(0, dtype=torch.int64)  # (classes,): its row of _classes
+        self._cut: dict[str, int] = {}
 
     def prepare_evaluation(self) -> None:
         """Build the classifier with the text tower as it is now."""
@@ -63,6 +65,10 @@ class ZeroShotClassification(ClipTask):
         # Classes with the same embedding get their logits from the same column, so that they tie exactly.
         distinct = distinct_rows(classifier)
         self._classes, self._class_row = classifier[distinct.first], distinct.group
+
+    def sample_counts(self) -> dict[str, int]:
+        """Number of pictures in the last evaluation, and of prompts that the text tower cuts where there are any."""
+        return {**super().sample_counts(), **self._cut}
 
     def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
         """Classify one batch."""
@@ -87,6 +93,9 @@ class ZeroShotClassification(ClipTask):
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         logger.info("encoding %d prompts of %d classes", len(distinct), len(class_names))
         embeddings = self._embed_prompts(list(distinct))  # (distinct prompts, D)
+        cut = count_cut_texts(self.preprocessing, prompts)
+        length = self.preprocessing.context_length
+        self._cut = {"texts": len(prompts), "texts_cut": cut, "context_length": length} if cut else {}
         rows = torch.tensor([distinct[prompt] for prompt in prompts], device=embeddings.device)
         rows = rows.view(len(class_names), len(self.templates))
         mean = torch.stack([embeddings[prompt_rows].mean(0) for prompt_rows in rows])  # (classes, D)
