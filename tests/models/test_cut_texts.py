@@ -28,14 +28,14 @@ def word_tokenizer(request, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = request.param != "ends with nothing"
     if ends:
         inner.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     padding = "</s>" if request.param == "ends and pads with the same" else "<pad>"
-    kind = transformers.PreTrainedTokenizerFast
-    kind(tokenizer_object=inner, pad_token=padding, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    names = {"pad_token": padding, "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names).save_pretrained(tmp_path)
     return str(tmp_path), int(ends)
 
 

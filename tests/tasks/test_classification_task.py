@@ -9,6 +9,7 @@ from lit_clipq.tasks import ZeroShotClassification
 from tests.metrics import oracles
 from tests.tasks.fakes import (
     CLASSES,
+    CONTEXT,
     classification_data,
     classification_samples,
     collate,
