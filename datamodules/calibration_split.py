@@ -3,17 +3,14 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from datamodules.images import ContentIndex, Picture
+from lit_clipq.contracts import Preprocessing
 from lit_clipq.errors import CalibrationError, DataError
 from lit_clipq.models.pictures import damage
-
-if TYPE_CHECKING:
-    from lit_clipq.models import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +107,7 @@ def choose_pictures(
     return with_one_caption(chosen, seed)
 
 
-def caption_tokens(pictures: Sequence[Picture], preprocessing: "Preprocessing") -> Tensor | None:
+def caption_tokens(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Tensor | None:
     """Tokenise the first text of each picture.
 
     Returns:

@@ -74,7 +74,7 @@ def read_coco_captions(
     Args:
         annotations: JSON with `images` (id, file_name) and `annotations` (id, image_id, caption).
         images: Folder that `file_name` is relative to.
-        captions_per_image: Take the first so many captions of a picture, in the order of the file; None for all.
+        captions_per_image: How many captions of a picture to take, in the order of the file; None for all.
         gaps: Counts what is left out; None leaves nothing out. See `with_captions`.
 
     Returns:
@@ -122,7 +122,7 @@ def read_karpathy(
         path: The JSON file.
         folder: Folder of the pictures; where a row has a `filepath` (COCO: val2014, train2014), its parent.
         splits: Which of "train", "restval", "val", "test" to read.
-        captions_per_image: Take the first so many captions of a picture; None for all.
+        captions_per_image: How many captions of a picture to take, in the order of the file; None for all.
         gaps: Counts what is left out; None leaves nothing out. See `with_captions`.
 
     Returns:

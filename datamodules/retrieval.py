@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.captioned import CaptionedDataModule
 from datamodules.images import EvaluationDataset, Picture
 from datamodules.sampler import shard
+from lit_clipq.contracts import Preprocessing
 from lit_clipq.errors import DataError
-
-if TYPE_CHECKING:
-    from lit_clipq.models import Preprocessing
 
 
 class CaptionDataset(Dataset):
@@ -125,7 +123,7 @@ class CaptionedPictures(Dataset):
         data: EvaluationDataset,
         pictures: Sequence[Picture],
         owners: Mapping[str, Sequence[int]],
-        preprocessing: "Preprocessing",
+        preprocessing: Preprocessing,
     ) -> None:
         self.data = data
         self.pictures = pictures

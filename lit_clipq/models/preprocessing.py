@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from lit_clipq import contracts
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models.configs import ModelConfig
 
@@ -78,7 +79,7 @@ class PreprocessingOptions:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def count_cut_texts(preprocessing: Preprocessing, texts: Sequence[str]) -> int:
+def count_cut_texts(preprocessing: contracts.Preprocessing, texts: Sequence[str]) -> int:
     """Count texts that have more tokens than the model reads.
 
     A text is cut where one more place shows another token in it, or changes those before it (a token that ends every
@@ -132,7 +133,7 @@ class HubTokenizer:
             context_length: Another number of tokens than the model's.
 
         Raises:
-            ModelError: Where the tokenizer's files cannot be had.
+            ModelError: Where the tokenizer's files are neither cached nor allowed to be fetched, or cannot be read.
         """
         if self._tokenizer is None:
             self._tokenizer = self._load()
@@ -206,7 +207,7 @@ def make_preprocessing(config: ModelConfig, image_size: int | tuple[int, int], *
 def _make_tokenizer(
     text_cfg: dict[str, Any], context_length: int, *, download: bool
 ) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-    """Return a tokenizer and what tells it from others."""
+    """Return a tokenizer, and plain values that distinguish it from any other."""
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
     options = dict(text_cfg.get("tokenizer_kwargs") or {})
