@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_clipq.calibration import comparison
 from lit_clipq.calibration.collect import Observations
+from lit_clipq.search import losses
 from lit_clipq.search.layer import LayerSearch, SearchOptions
 from tests.search.test_layer import MAKERS, observed
 
@@ -39,7 +39,7 @@ def one_pair(search, first, second, channel):
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("workspace", [2**20, 8])
 def test_a_table_holds_the_objective_of_every_pair(kind, workspace, monkeypatch):
-    monkeypatch.setitem(comparison._WORKSPACE, "cpu", workspace)
+    monkeypatch.setitem(losses._WORKSPACE, "cpu", workspace)
     search = searched(kind, parts=2)
     channels = search.candidates[search.comparison.names[0]].channels
     first = torch.tensor(FIRST)[:, None].expand(-1, channels)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_clipq.models import LoadedCLIP, Preprocessing
-from lit_clipq.tasks import base
+from lit_clipq.tasks import task
 
 CONTEXT, VOCABULARY, DIM = 16, 40, 6
 CLASSES = ["ant", "bee", "long cat", "dog", "bee"]  # two classes with the same name tie
@@ -46,11 +46,11 @@ def fake_load_clip(name, pretrained=None, **kwargs):
 
 def make_task(kind, *args, **kwargs):
     """A task around a fake CLIP; works in spawned processes too."""
-    real, base.load_clip = base.load_clip, fake_load_clip
+    real, task.load_clip = task.load_clip, fake_load_clip
     try:
         return kind("fake", *args, **kwargs)
     finally:
-        base.load_clip = real
+        task.load_clip = real
 
 
 def trainer(folder, **kwargs):
