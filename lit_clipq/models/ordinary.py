@@ -1,7 +1,5 @@
 """Tensors made under `torch.inference_mode()` turned into ordinary ones, which gradients can be taken through."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -30,13 +28,3 @@ def leave_inference_mode(module: nn.Module) -> None:
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_inference():
                     part._buffers[name] = copies.setdefault(buffer, buffer.clone())
-
-
-def ordinary(batch: Any) -> Any:
-    """Return a batch (tensors, or tuples, lists and dictionaries of them) without tensors of inference mode."""
-    if isinstance(batch, Tensor):
-        with torch.inference_mode(False), torch.no_grad():
-            return batch.clone() if batch.is_inference() else batch
-    if isinstance(batch, dict):
-        return {name: ordinary(value) for name, value in batch.items()}
-    return type(batch)(ordinary(value) for value in batch) if type(batch) in (list, tuple) else batch

@@ -28,6 +28,7 @@ from lit_clipq.models.attention.relative import ExplicitBeit, ExplicitRelative
 from lit_clipq.models.attention.swin import ExplicitWindow, ExplicitWindowV2
 from lit_clipq.models.attention.t5 import ExplicitT5
 from lit_clipq.models.attention.timm import ExplicitPoolLatent, ExplicitTimm, ExplicitTimmPlain
+from lit_clipq.models.layers import make_plain
 from lit_clipq.models.ordinary import leave_inference_mode
 from lit_clipq.nn.attention import ExplicitAttention, Projection
 
@@ -61,8 +62,8 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
     Every known attention becomes an `ExplicitAttention` with the children `qkv_proj` (or `q_proj` and `kv_proj`, or
     three), `qk`, `av` and `out_proj`. `visual.proj` and `text_projection` Parameters become `Projection` layers, whose
     weight is the transpose; GPT-2's `Conv1D` layers become `nn.Linear`; biases by relative position that are computed
-    in every forward pass become tables; tensors made in inference mode become ordinary ones. A second call changes
-    nothing and returns the same records.
+    in every forward pass become tables; known subclasses of torch's layers become torch's own; tensors made in
+    inference mode become ordinary ones. A second call changes nothing and returns the same records.
 
     Args:
         model: Any module tree; afterwards its state dict has other names.
@@ -87,6 +88,7 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
             logger.warning("%s (%s) stays fused: %s", name, original, error)
             records.append(ExplicitAttentionRecord(name, original, explicit=False, reason=str(error)))
     for module in list(model.modules()):
+        make_plain(module)
         _name_projections(module)
         _turn_conv1d(module)
         _tabulate_positions(module)
