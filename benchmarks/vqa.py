@@ -98,7 +98,7 @@ def compare_steps(folder: Path, batch: int, runs: int) -> None:
     # of different pictures, as nearly every batch of VQA v2's 82,783 pictures is
     questions = [data.train_questions[2 * i + i % 2] for i in range(batch)]
     collate = data._collate("train")
-    data.collators = {}
+    data.use_collators({})
     collate_pictures = data._collate("train")
     held = collate(questions)
     optimizer: Any = task.configure_optimizers()["optimizer"]  # type: ignore[index]

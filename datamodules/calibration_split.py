@@ -3,16 +3,13 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from datamodules.images import ContentIndex, Picture, damage
+from lit_clipq.contracts import Preprocessing
 from lit_clipq.errors import CalibrationError, DataError
-
-if TYPE_CHECKING:
-    from lit_clipq.models import Preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +106,7 @@ def choose_pictures(
     return with_one_caption(chosen, seed)
 
 
-def caption_tokens(pictures: Sequence[Picture], preprocessing: "Preprocessing") -> Tensor | None:
+def caption_tokens(pictures: Sequence[Picture], preprocessing: Preprocessing) -> Tensor | None:
     """Tokenise the first text of each picture.
 
     Returns:

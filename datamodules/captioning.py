@@ -1,20 +1,23 @@
 """Captioning: pictures with their references, and the training captions of the mini world for a language model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.captioned import CaptionedDataModule
 from datamodules.coco import CocoCaptions
+from datamodules.datamodule import task_of
 from datamodules.flickr import Flickr8kCaptions, Flickr30kCaptions
 from datamodules.images import Picture, PictureDataset
 from datamodules.mini import EpochBatches, MiniCaptions
 from datamodules.sampler import shard
+from lit_clipq.contracts import OffersTokenizer
 from lit_clipq.errors import ConfigError
 from lit_clipq.mini.captions import CAPTIONS_PER_IMAGE
 from lit_clipq.mini.world import PRESETS, picture_captions
@@ -28,7 +31,7 @@ class CaptioningDataset(Dataset):
         image: Preprocessing of one PIL picture.
     """
 
-    def __init__(self, pictures: Sequence[Picture], image: Any) -> None:
+    def __init__(self, pictures: Sequence[Picture], image: Callable[[Image.Image], Tensor]) -> None:
         self.pictures = list(pictures)
         self.decoded = PictureDataset([picture.path for picture in pictures], image)
 
@@ -73,7 +76,7 @@ class CocoCaptioning(CaptioningDataModule, CocoCaptions):
         root: Folder with the annotation file and the pictures.
         preset: "karpathy_test": 5,000 pictures of val2014 (`dataset_coco.json`, `val2014/`). "val2017": 5,000 pictures
             (`annotations/captions_val2017.json`, `val2017/`).
-        captions_per_image: Take the first so many references of a picture; null for all.
+        captions_per_image: How many references of a picture to take, in the order of the file; null for all.
         download_train: With `download`, fetch the train pictures too, to calibrate with.
         **kwargs: See `QuantDataModule`.
 
@@ -109,8 +112,8 @@ class MiniCaptionText(LightningDataModule):
 
     Batches are `{"input_ids": int64 (B, L), "attention_mask": int64 (B, L)}`, padded on the right to the longest text
     of the batch. A text is the tokenizer's beginning-of-text token, the caption with `end`, and the end-of-text token,
-    as far as the tokenizer has these. In each epoch a picture's next of five captions is taken, in an order drawn from
-    the seed; the last, smaller batch is left out. The validation loader has all captions of the dev split.
+    as far as the tokenizer has these. Each epoch takes the next of every picture's five captions, in an order drawn
+    from the seed; the last, smaller batch is left out. The validation loader has all captions of the dev split.
 
     Args:
         tokenizer: Folder of a transformers tokenizer; by default the `tokenizer` of the task. It may also be set as an
@@ -156,7 +159,8 @@ class MiniCaptionText(LightningDataModule):
             return
         tokenizer = self.tokenizer
         if tokenizer is None:
-            tokenizer = getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
+            task = task_of(self)
+            tokenizer = task.tokenizer if isinstance(task, OffersTokenizer) else None
         if isinstance(tokenizer, str | Path):
             tokenizer = _load_tokenizer(Path(tokenizer))
         if tokenizer is None:

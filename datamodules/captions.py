@@ -72,7 +72,7 @@ def read_coco_captions(annotations: Path, images: Path, captions_per_image: int 
     Args:
         annotations: JSON with `images` (id, file_name) and `annotations` (id, image_id, caption).
         images: Folder that `file_name` is relative to.
-        captions_per_image: Take the first so many captions of a picture, in the order of the file; None for all.
+        captions_per_image: How many captions of a picture to take, in the order of the file; None for all.
 
     Returns:
         Pictures in the order of the file; the files need not exist.
@@ -115,7 +115,7 @@ def read_karpathy(
         path: The JSON file.
         folder: Folder of the pictures; where a row has a `filepath` (COCO: val2014, train2014), its parent.
         splits: Which of "train", "restval", "val", "test" to read.
-        captions_per_image: Take the first so many captions of a picture; None for all.
+        captions_per_image: How many captions of a picture to take, in the order of the file; None for all.
 
     Returns:
         Pictures in the order of the file; the files need not exist.

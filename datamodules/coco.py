@@ -57,7 +57,7 @@ class CocoCaptions(CaptionedDataModule):
         root: Folder with the annotation file and the pictures.
         preset: "karpathy_test": 5,000 pictures of val2014 with all 25,010 captions (`dataset_coco.json`, `val2014/`).
             "val2017": 5,000 pictures with their first 5 captions (`annotations/captions_val2017.json`, `val2017/`).
-        captions_per_image: Take the first so many captions of a picture in the order of the file; null for all.
+        captions_per_image: How many captions of a picture to take, in the order of the file; null for all.
         download_train: With `download`, fetch the train pictures too (13 to 19 GB), to calibrate with. Without them
             the val2017 preset gives up a slice of the evaluation.
         **kwargs: See `QuantDataModule`.

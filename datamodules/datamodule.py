@@ -18,14 +18,17 @@ from datamodules.calibration_split import choose_pictures, hold_out
 from datamodules.download import Archive, fetch
 from datamodules.images import EvaluationDataset, Picture, PictureDataset, are_files, usable_pictures
 from datamodules.sampler import ShardSampler
+from lit_clipq.contracts import (
+    CalibrationBatch,
+    CalibrationData,
+    CountedData,
+    IdentifiedData,
+    OffersPreprocessing,
+    Preprocessing,
+)
 from lit_clipq.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from lit_clipq.models import Preprocessing
-
 logger = logging.getLogger(__name__)
-
-CalibrationBatch = tuple[Tensor | None, Tensor | None]
 
 
 class QuantDataModule(LightningDataModule, ABC):
@@ -138,7 +141,7 @@ class QuantDataModule(LightningDataModule, ABC):
             DataError: Absent, damaged or contradictory data.
             ConfigError: No preprocessing: neither set nor offered by the task of the trainer.
         """
-        offered = getattr(getattr(self.trainer, "lightning_module", None), "preprocessing", None)
+        offered = offered_preprocessing(self)
         if self.pictures:
             if offered is not None and offered.fingerprint != self.checked_preprocessing().fingerprint:
                 raise ConfigError("This data module was set up for a model with other preprocessing; make a new one.")
@@ -231,7 +234,7 @@ class QuantDataModule(LightningDataModule, ABC):
         """Return what is evaluated, what was skipped, and what left the evaluation for calibration."""
         return {"images": len(self.pictures), "skipped": self._skipped, "calibration_held_out": self._held_out}
 
-    def checked_preprocessing(self) -> "Preprocessing":
+    def checked_preprocessing(self) -> Preprocessing:
         """Return the preprocessing.
 
         Raises:
@@ -254,6 +257,24 @@ class QuantDataModule(LightningDataModule, ABC):
         if folder is not None and not pool:
             raise DataError(f"--data.calibration_root {folder} holds no pictures; give a folder that does.")
         return pool
+
+
+def task_of(data: LightningDataModule) -> object:
+    """Return the task that a Trainer runs on a data module, or None without a Trainer."""
+    return None if data.trainer is None else data.trainer.lightning_module
+
+
+def offered_preprocessing(data: LightningDataModule) -> Preprocessing | None:
+    """Return the preprocessing of the task that a Trainer runs on a data module, or None where there is none."""
+    task = task_of(data)
+    return task.preprocessing if isinstance(task, OffersPreprocessing) else None
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(data: QuantDataModule) -> tuple[CalibrationData, CountedData, IdentifiedData]:
+        """Let the type checker hold the class against its contracts."""
+        return data, data, data
 
 
 class _CalibrationDataset(Dataset):

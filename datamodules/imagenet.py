@@ -4,15 +4,16 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from datamodules.captions import find_folder, read_json
-from datamodules.datamodule import QuantDataModule
+from datamodules.datamodule import QuantDataModule, task_of
 from datamodules.download import IMAGENET_V2, Archive
 from datamodules.images import Picture, list_pictures
+from lit_clipq.contracts import ClassData, OffersTemplates
 from lit_clipq.errors import ConfigError, DataError
 
 WNID = re.compile(r"n\d{8}")
@@ -60,7 +61,9 @@ class ClassificationDataModule(QuantDataModule):
         if not self.class_names:
             self.class_names, _ = self.read_classes()
         if self.templates is None:
-            self.templates = getattr(getattr(self.trainer, "lightning_module", None), "templates", None)
+            task = task_of(self)
+            offered = task.templates if isinstance(task, OffersTemplates) else None
+            self.templates = None if offered is None else list(offered)
 
     def read_evaluation(self) -> list[Picture]:
         """List the pictures of all class folders, class by class.
@@ -104,6 +107,13 @@ class ClassificationDataModule(QuantDataModule):
     def options(self) -> dict[str, Any]:
         """Add the class names."""
         return {**super().options(), "class_names": self.class_names}
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(data: ClassificationDataModule) -> ClassData:
+        """Let the type checker hold the class against its contract."""
+        return data
 
 
 class ImageNetV2(ClassificationDataModule):

@@ -13,17 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.captioned import CaptionedDataModule
 from datamodules.captions import read_coco_captions, read_json
+from datamodules.datamodule import offered_preprocessing
 from datamodules.imagenet import ImageFolderClassification
 from datamodules.images import Picture
 from datamodules.retrieval import RetrievalDataModule
 from datamodules.sampler import ShuffledBatches, shard
 from datamodules.vqa import VQADataModule
 from datamodules.vqa_files import Question, read_questions
+from lit_clipq.contracts import Preprocessing
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional import AnswerVocabulary
 from lit_clipq.mini import PRESETS, ensure_world, world_folder
 from lit_clipq.mini.world import vqa_annotations
-from lit_clipq.models import Preprocessing
 
 Pairs = tuple[Tensor, Tensor]
 ABSENT = "The mini world is not in {}; call prepare_data() of the data module, which writes it."
@@ -35,7 +36,7 @@ class MiniCaptions(CaptionedDataModule):
     Args:
         root: Folder of worlds; by default the cache folder. What is absent is written there, nothing is downloaded.
         preset: "small" evaluates 500 pictures, "full" 2,500.
-        captions_per_image: Take the first so many captions of a picture; null for all five.
+        captions_per_image: How many captions of a picture to take, from the first on; null for all five.
         **kwargs: See `QuantDataModule`.
     """
 
@@ -229,7 +230,7 @@ class MiniPretrain(LightningDataModule):
         if self._train is not None:
             return
         if self.preprocessing is None:
-            self.preprocessing = getattr(getattr(self.trainer, "lightning_module", None), "preprocessing", None)
+            self.preprocessing = offered_preprocessing(self)
         if self.preprocessing is None:
             raise ConfigError("A data module needs `preprocessing`: set it before setup(), or run it in a Trainer.")
         world = ensure_world(self.root, "train", self.workers)

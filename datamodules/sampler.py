@@ -87,7 +87,7 @@ class ResumableLoader(DataLoader):
     """A loader of shuffled batches that continues in the middle of an epoch.
 
     A Trainer keeps `state_dict` in its checkpoints. Nothing is drawn from the global random state, and nothing is
-    read before the first batch of an epoch is asked for: only then the epoch is known.
+    read before the first batch of an epoch is asked for: only then is the epoch known.
 
     Args:
         data: Samples by index.

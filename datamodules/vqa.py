@@ -4,9 +4,9 @@ import hashlib
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.calibration_split import caption_tokens
 from datamodules.captions import find_file, read_captioned_folder
-from datamodules.datamodule import QuantDataModule, describe_absent
+from datamodules.datamodule import QuantDataModule, describe_absent, task_of
 from datamodules.download import (
     COCO_TRAIN_2014,
     COCO_VAL_2014,
@@ -28,13 +28,11 @@ from datamodules.download import (
 from datamodules.images import Picture, PictureDataset, list_pictures, load_rgb, usable_pictures
 from datamodules.sampler import ResumableLoader, ShuffledBatches, shard
 from datamodules.vqa_files import Question, read_questions
+from lit_clipq.contracts import AskedQuestion, Collator, OffersWords, Preprocessing, QuestionData, Split, TrainingData
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional import AnswerVocabulary
-from lit_clipq.models import Preprocessing
 
 logger = logging.getLogger(__name__)
-
-Split = Literal["train", "val"]
 
 
 class VQADataModule(QuantDataModule):
@@ -47,8 +45,8 @@ class VQADataModule(QuantDataModule):
     Args:
         root: Folder of the data set.
         vocabulary: JSON file of a saved `AnswerVocabulary`; by default it is counted over train and val.
-        min_answer_count: The vocabulary is what is the most common answer of at least so many questions. 9 is
-            MCAN's rule (more than 8), 3,129 answers on VQA v2.
+        min_answer_count: The vocabulary holds the answers that are the most common one of at least this many
+            questions. 9 is MCAN's rule (more than 8), 3,129 answers on VQA v2.
         train_batch_size: Questions in a training batch, over all processes together.
         train_limit: Train on the first N usable pictures only; null for all. `limit` is that of the evaluation.
         seed: Seed of the order of training.
@@ -85,8 +83,8 @@ class VQADataModule(QuantDataModule):
         self.seed = seed
         self.train_questions: list[Question] = []
         self.val_questions: list[Question] = []
-        self.collators: dict[str, Callable[[Sequence[Question]], dict[str, Any]]] = {}
-        """What makes batches of a split's questions in the place of `QuestionBatch`: cached features, say."""
+        self.collators: dict[Split, Collator] = {}
+        """What makes batches of a split's questions in place of `QuestionBatch`, for example of cached features."""
         self._answers: AnswerVocabulary | None = None
         self._train_pictures: list[Picture] = []
         self._train_skipped = 0
@@ -194,9 +192,13 @@ class VQADataModule(QuantDataModule):
         return DataLoader(data, batch_size=self.batch_size, num_workers=self.num_workers)
 
     def use_answers(self, words: Sequence[str]) -> None:
-        """Take the vocabulary of a trained head in the place of the one that was counted."""
+        """Take the vocabulary of a trained head in place of the one that was counted."""
         if self.answers.words != tuple(words):
             self._answers = AnswerVocabulary(tuple(words), (0,) * len(words), 0)
+
+    def use_collators(self, collators: Mapping[Split, Collator]) -> None:
+        """Make the batches of these splits by functions of the task; none goes back to `QuestionBatch`."""
+        self.collators = dict(collators)
 
     def train_dataloader(self) -> DataLoader:
         """Return shuffled batches of this process; see `QuestionBatch`. The last, smaller batch is left out.
@@ -252,14 +254,12 @@ class VQADataModule(QuantDataModule):
 
     def fits(self) -> bool:
         """Tell whether a Trainer is training with this data module."""
-        state = getattr(self.trainer, "state", None)
-        return state is not None and state.fn == TrainerFn.FITTING
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
 
     def _evaluates(self) -> bool:
         """Tell whether a Trainer is evaluating a task that has a vocabulary of its own."""
-        state = getattr(self.trainer, "state", None)
-        own = hasattr(getattr(self.trainer, "lightning_module", None), "words")
-        return state is not None and state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING) and own
+        evaluating = self.trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        return evaluating and isinstance(task_of(self), OffersWords)
 
     def questions_of(self, split: Split) -> list[Question]:
         """Return the questions of a split."""
@@ -285,7 +285,7 @@ class VQADataModule(QuantDataModule):
         by_picture = self._by_picture(split)
         return [question for picture in pictures for question in by_picture[picture.path]]
 
-    def _collate(self, split: Split) -> Callable[[Sequence[Question]], dict[str, Any]]:
+    def _collate(self, split: Split) -> Collator:
         if split in self.collators:
             return self.collators[split]
         paths = {i: p.path for i, p in zip(self.image_ids_of(split), self.pictures_of(split), strict=True)}
@@ -299,6 +299,13 @@ class VQADataModule(QuantDataModule):
             *(split, reached.questions, len(self.answers)),
             *(reached.answers_outside, reached.answers, reached.questions_outside),
         )
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(data: VQADataModule) -> tuple[QuestionData, TrainingData]:
+        """Let the type checker hold the class against its contracts."""
+        return data, data
 
 
 class QuestionBatch:
@@ -318,7 +325,7 @@ class QuestionBatch:
         self.preprocessing = preprocessing
         self.answers = answers
 
-    def __call__(self, questions: Sequence[Question]) -> dict[str, Any]:
+    def __call__(self, questions: Sequence[AskedQuestion]) -> dict[str, Any]:
         """Return the batch.
 
         Raises:
@@ -368,7 +375,7 @@ class VQAv2(VQADataModule):
         self.images_root = Path(images_root).expanduser() if images_root else self.root
 
     def archives(self) -> tuple[Archive, ...]:
-        """Official archives of what is needed and not there; pictures only where they belong into `root`."""
+        """Official archives of what is needed and not there; pictures only where they belong in `root`."""
         files = [archive for split in self._splits() for name, archive in FILES[split] if self._file(name) is None]
         pictures = [PICTURES[split] for split in ("train", "val") if split == "val" or self.fits()]
         return (*files, *(pictures if self.images_root == self.root else ()))

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lit_clipq.analysis.comparison import comparison_table, map_table
 from lit_clipq.api import QuantizationReport
+from lit_clipq.contracts import TrainingData
 from lit_clipq.errors import ConfigError, LitClipqError
 from lit_clipq.trainer import QuantTrainer
 
@@ -45,7 +46,7 @@ class ClipQuantCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Name the subcommands and the arguments of their methods that the CLI gives itself."""
+        """Name the subcommands and those arguments of their methods that the CLI supplies itself."""
         own = {"model", "dataloaders", "datamodule", "verbose"}
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
@@ -100,7 +101,7 @@ class ClipQuantCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say what a training has seen, what it reached, and where it lies."""
         trainer = cast(QuantTrainer, self.trainer)
-        if not trainer.is_global_zero or not hasattr(self.datamodule, "training_counts"):
+        if not trainer.is_global_zero or not isinstance(self.datamodule, TrainingData):
             return
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in self.datamodule.training_counts().items()]
         lines = [f"trained on {', '.join(counts)}"]
@@ -232,7 +233,7 @@ def _print_plan(report: QuantizationReport) -> None:
 
 
 def _told(error: Exception) -> str | None:
-    """Say in one line what a user can do something about; `None` for a fault of the program."""
+    """Tell in one line an error that a user can do something about; `None` for a fault of the program."""
     own = _own_error(error)  # the parser wraps what a constructor raises
     if own is None and not isinstance(error, OSError | MisconfigurationException):
         return None

@@ -3,27 +3,27 @@
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import distributed as dist
 
-from lit_clipq.analysis.caption_run import CaptionedRow, CaptionFiles, captioned_rows, digest_of
+from lit_clipq.analysis.caption_run import CaptionFiles, digest_of
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
+from lit_clipq.analysis.measurement import Measurement
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
+from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, require
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
-from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe, name_of
@@ -34,46 +34,8 @@ _MEASUREMENT_FORMAT = 2  # of remembered measurements
 _PACKAGES = ("lit-clipq", "torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "timm")
 
 
-@runtime_checkable
-class Quantizing(Protocol):
-    """The callback that quantizes, as far as this Trainer needs to know it."""
-
-    recipe: Recipe | None
-    seed: int
-    paused: bool
-    dry_run: bool
-    report: QuantizationReport | None
-
-    def fingerprint(self) -> str:
-        """Everything that decides the quantized network beside model and data."""
-
-    @property
-    def active(self) -> bool:
-        """Whether the run quantizes anything."""
-
-    def preflight(self, trainer: Trainer, pl_module: Any, *, weights_are_final: bool) -> None:
-        """Refuse what cannot be saved or loaded in the end, before anything is evaluated."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Values of one metric for single samples."""
-
-    values: list[float]
-    clusters: list[int]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One pass over the evaluation set."""
-
-    metrics: dict[str, float]
-    scores: dict[str, Scores]
-    samples: dict[str, int]
-    bytes: int
-    """Size of the networks; a checkpoint may bring some of them."""
-    captioned: dict[str, CaptionedRow] = field(default_factory=dict)
-    """Caption, references and file of each picture by its id as text; of captioning only."""
+QuantizeCallback = Quantizing[Recipe, QuantizationReport]
+"""The callback that quantizes, with this program's recipes and reports."""
 
 
 class QuantTrainer(Trainer):
@@ -176,21 +138,23 @@ class QuantTrainer(Trainer):
     def _compare(
         self,
         evaluate: Callable[..., Any],
-        model: Any,
+        model: LightningModule | None,
         dataloaders: Any,
         ckpt_path: str | Path | None,
         verbose: bool,
-        datamodule: Any,
+        datamodule: LightningDataModule | None,
         weights_only: bool | None,
     ) -> Any:
         _check_checkpoint(ckpt_path, weights_only)
-        callback = next((c for c in self.callbacks if isinstance(c, Quantizing)), None)  # type: ignore[attr-defined]
-        compared = callback is not None and hasattr(model, "sample_scores")
+        callback = self._quantizing()
+        if callback is not None and callback.active and model is not None:
+            require(model, MeasuredTask)
+        task = model if callback is not None and isinstance(model, MeasuredTask) else None
 
         def run() -> Any:
-            return evaluate(model, dataloaders, ckpt_path, verbose and not compared, datamodule, weights_only)
+            return evaluate(model, dataloaders, ckpt_path, verbose and task is None, datamodule, weights_only)
 
-        if callback is None or not compared or (callback.dry_run and callback.active):
+        if callback is None or task is None or (callback.dry_run and callback.active):
             return run()
         if callback.report is not None:
             raise ConfigError(
@@ -200,32 +164,36 @@ class QuantTrainer(Trainer):
         if self.is_global_zero:
             _check_writable(Path(self.results))
         if ckpt_path is None:
-            model.prepare_weights()
-        callback.preflight(self, model, weights_are_final=ckpt_path is None)
-        captions = CaptionFiles.of(model, Path(self.results), resume=self.resume)
-        parts = self._fingerprint(model, datamodule, ckpt_path)
+            task.prepare_weights()
+        callback.preflight(self, task, weights_are_final=ckpt_path is None)
+        captions = CaptionFiles.of(task, Path(self.results), resume=self.resume)
+        parts = self._fingerprint(task, datamodule, ckpt_path)
         captions.begin_pass("float", parts)
-        measured = self._float_pass(run, callback, model, datamodule, parts)
+        measured = self._float_pass(run, callback, task, datamodule, parts)
         captions.end_pass("float", measured.captioned, write=self.is_global_zero)
         outcome, quantized = [measured.metrics], measured
         if callback.active:
             captions.begin_pass("quantized", None if parts is None else {**parts, "recipe": callback.fingerprint()})
             outcome = run()
-            quantized = _measurement(model, datamodule)
+            quantized = Measurement.of(task, datamodule)
             captions.end_pass("quantized", quantized.captioned, write=self.is_global_zero)
-        self.comparison = self._summarise(callback, model, measured, quantized)
+        self.comparison = self._summarise(callback, task, measured, quantized)
         if self.is_global_zero:
             write_json(Path(self.results), self.comparison.to_json())
             self.page = captions.write_page(measured, quantized if callback.active else None)
         return outcome
 
+    def _quantizing(self) -> QuantizeCallback | None:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, Quantizing)), None)
+
     def _float_pass(
         self,
-        run: Callable[[], Any],
-        callback: Quantizing,
-        model: Any,
-        datamodule: Any,
-        parts: dict[str, Any] | None,
+        run: Callable[[], object],
+        callback: QuantizeCallback,
+        task: MeasuredTask,
+        datamodule: LightningDataModule | None,
+        parts: dict[str, object] | None,
     ) -> Measurement:
         cache = self._cache_file(parts)
         if cache is not None and (found := self._remembered(cache)) is not None:
@@ -236,7 +204,7 @@ class QuantTrainer(Trainer):
             run()
         finally:
             callback.paused = False
-        measured = _measurement(model, datamodule)
+        measured = Measurement.of(task, datamodule)
         if cache is not None and self.is_global_zero:
             try:
                 write_json(cache, asdict(measured))
@@ -252,19 +220,19 @@ class QuantTrainer(Trainer):
         """
         if dist.is_available() and dist.is_initialized():
             found: Measurement | None = self.strategy.broadcast(
-                _read_measurement(cache) if self.is_global_zero else None
+                Measurement.read(cache) if self.is_global_zero else None
             )
             return found
         if not self.is_global_zero and os.environ.get(_FLOAT_LOOP) == "run":
             return None
-        found = _read_measurement(cache)
+        found = Measurement.read(cache)
         if self.is_global_zero:
             os.environ[_FLOAT_LOOP] = "run" if found is None else "skip"
         elif found is None:
             raise ConfigError(f"the float measurement {cache} vanished while the run was starting; start it again")
         return found
 
-    def _cache_file(self, parts: dict[str, Any] | None) -> Path | None:
+    def _cache_file(self, parts: dict[str, object] | None) -> Path | None:
         """Name the file of this float measurement; `None` where it cannot be trusted to be the same.
 
         Ranks on other machines may see another cache folder, those that another program started (torchrun) another
@@ -279,20 +247,22 @@ class QuantTrainer(Trainer):
             return None
         return cache_dir() / "float" / f"{digest_of(parts)[:32]}.json"
 
-    def _fingerprint(self, model: Any, datamodule: Any, ckpt_path: str | Path | None) -> dict[str, Any] | None:
+    def _fingerprint(
+        self, task: MeasuredTask, datamodule: LightningDataModule | None, ckpt_path: str | Path | None
+    ) -> dict[str, object] | None:
         """Return everything that decides the float measurement; `None` where the data cannot tell."""
-        if not hasattr(datamodule, "fingerprint"):
+        if not isinstance(datamodule, IdentifiedData):
             return None
-        datamodule.preprocessing = model.preprocessing
+        datamodule.preprocessing = task.preprocessing
         datamodule.prepare_data()
         datamodule.setup("validate")
         return {
             "format": _MEASUREMENT_FORMAT,
-            "model": state_hash(model),
+            "model": state_hash(task),
             "checkpoint": None if ckpt_path is None else hashlib.sha256(Path(ckpt_path).read_bytes()).hexdigest(),
-            "task": type(model).__name__,
-            "roots": sorted(model.roots()),  # the size that is remembered is theirs
-            "options": {key: repr(value) for key, value in sorted(dict(model.hparams).items())},
+            "task": type(task).__name__,
+            "roots": sorted(task.roots()),  # the size that is remembered is theirs
+            "options": {key: repr(value) for key, value in sorted(dict(task.hparams).items())},
             "data": datamodule.fingerprint(),
             "limit": repr((self.limit_val_batches, self.limit_test_batches)),
             "precision": str(self.precision),
@@ -300,13 +270,15 @@ class QuantTrainer(Trainer):
             "versions": versions(),
         }
 
-    def _summarise(self, callback: Quantizing, model: Any, measured: Measurement, quantized: Measurement) -> Comparison:
+    def _summarise(
+        self, callback: QuantizeCallback, task: MeasuredTask, measured: Measurement, quantized: Measurement
+    ) -> Comparison:
         report = callback.report if callback.active else None
         recipe = callback.recipe if callback.active else None
         return Comparison(
-            task=type(model).__name__,
-            model=model.model_name,
-            pretrained=model.pretrained,
+            task=type(task).__name__,
+            model=task.model_name,
+            pretrained=task.pretrained,
             recipe=name_of(recipe) if recipe else None,
             bits=asdict(recipe.bits) if recipe else None,
             float_metrics=measured.metrics,
@@ -329,32 +301,6 @@ class QuantTrainer(Trainer):
 def versions() -> dict[str, str]:
     """Return the versions of this package and of those its numbers depend on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _measurement(model: Any, datamodule: Any) -> Measurement:
-    counts = dict(model.sample_counts())
-    if hasattr(datamodule, "sample_counts"):
-        counts |= datamodule.sample_counts()
-    scores = {
-        name: Scores(s.values.double().tolist(), s.clusters.tolist()) for name, s in model.sample_scores().items()
-    }
-    stored = sum(stored_bytes(root) for root in model.roots().values())
-    return Measurement(model.results(), scores, counts, stored, captioned_rows(model))
-
-
-def _read_measurement(path: Path) -> Measurement | None:
-    """Read a remembered measurement; a damaged file counts as none and is measured again."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        scores = {name: Scores(**value) for name, value in content["scores"].items()}
-        return Measurement(
-            content["metrics"], scores, content["samples"], content["bytes"], content.get("captioned", {})
-        )
-    except (ValueError, KeyError, TypeError):
-        log.warning("ignoring the damaged float measurement %s; it is measured again", path)
-        return None
 
 
 def _differences(measured: Measurement, quantized: Measurement) -> dict[str, Interval]:

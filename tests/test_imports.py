@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ANYWHERE = {"lit_clipq.errors", "lit_clipq.paths", "lit_clipq"}
+ANYWHERE = {"lit_clipq.errors", "lit_clipq.paths", "lit_clipq.contracts", "lit_clipq"}
 # package -> the parts of this project it may import beside itself
 ALLOWED = {
     "lit_clipq.errors": set(),
     "lit_clipq.paths": set(),
+    "lit_clipq.contracts": set(),
     "lit_clipq.functional": set(),
     "lit_clipq.distributed": set(),
     "lit_clipq.nn": {"lit_clipq.functional"},

@@ -4,28 +4,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lit_clipq.analysis.caption_page import CaptionRow, write_caption_page
+from lit_clipq.analysis.measurement import CaptionedRow, Measurement
+from lit_clipq.contracts import CaptioningTask, MeasuredTask
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.caption_files import write_captions
 from lit_clipq.paths import write_whole
 
-CaptionedRow = tuple[str, list[str], str]
-"""Caption, references and file of one picture."""
 
-
-def digest_of(parts: Mapping[str, Any]) -> str:
+def digest_of(parts: Mapping[str, object]) -> str:
     """Return a hash of plain values by name."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def captioned_rows(model: Any) -> dict[str, CaptionedRow]:
-    """Return the pictures of a task's last evaluation by id as text; none of a task that writes no captions."""
-    if not hasattr(model, "captioned"):
-        return {}
-    pictures = sorted(model.captioned().items())
-    return {str(key): (p.caption, list(p.references), p.file_name) for key, p in pictures}
 
 
 class CaptionFiles:
@@ -37,32 +27,32 @@ class CaptionFiles:
         resume: Whether to go on from what is there.
     """
 
-    def __init__(self, model: Any, folder: Path, *, resume: bool) -> None:
+    def __init__(self, model: MeasuredTask, folder: Path, *, resume: bool) -> None:
         self.model = model
         self.folder = folder
         self.resume = resume
         self._runs: dict[str, str] = {}
 
     @classmethod
-    def of(cls, model: Any, results: Path, *, resume: bool) -> "CaptionFiles":
-        """Make it for a run that writes `results`.
+    def of(cls, model: MeasuredTask, results: Path, *, resume: bool) -> "CaptionFiles":
+        """Make the files of a run that writes `results`.
 
         Raises:
             ConfigError: `resume` for a task that writes no captions.
         """
-        if resume and not hasattr(model, "begin_pass"):
+        if resume and not isinstance(model, CaptioningTask):
             raise ConfigError(
                 f"--resume goes on with captions, which {type(model).__name__} does not write; leave it out"
             )
         return cls(model, results.parent, resume=resume)
 
-    def begin_pass(self, name: str, parts: Mapping[str, Any] | None) -> None:
+    def begin_pass(self, name: str, parts: Mapping[str, object] | None) -> None:
         """Tell the task where the captions of the next pass go, and what they depend on.
 
         Raises:
             ConfigError: `resume` where that is not known.
         """
-        if not hasattr(self.model, "begin_pass"):
+        if not isinstance(self.model, CaptioningTask):
             return
         if parts is None and self.resume:
             raise ConfigError("--resume needs a data module that can tell its data apart; use one of `datamodules`")
@@ -76,7 +66,7 @@ class CaptionFiles:
             write_captions(self._path(name), {int(key): row[0] for key, row in rows.items()})
             write_whole(self._path(name).with_suffix(".run.json"), json.dumps({"run": self._runs[name]}) + "\n")
 
-    def write_page(self, measured: Any, quantized: Any | None) -> Path | None:
+    def write_page(self, measured: Measurement, quantized: Measurement | None) -> Path | None:
         """Write the page of a float and, where there is one, a quantized measurement; return where."""
         if not measured.captioned:
             return None
@@ -106,6 +96,6 @@ class CaptionFiles:
         return self.folder / f"captions_{name}.json"
 
 
-def _scores(measurement: Any) -> dict[int, float]:
+def _scores(measurement: Measurement) -> dict[int, float]:
     scores = measurement.scores.get("cider")
     return {} if scores is None else dict(zip(scores.clusters, scores.values, strict=True))

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lit_clipq.contracts import FeatureData, Split
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.features.key import FeatureKey, items_hash
-from lit_clipq.features.questions import AskedQuestion, FeatureBatch
+from lit_clipq.features.questions import FeatureBatch
 from lit_clipq.features.store import FeatureStore, check_space, gather
 from lit_clipq.models import (
     Preprocessing,
@@ -38,30 +39,11 @@ class CacheOptions:
     dtype: Literal["float16", "int8"] = "float16"
     """Half precision, or bytes with a scale for each token (half the size)."""
     shared: bool = True
-    """Whether all machines of a run see the same folder; otherwise each makes its own."""
+    """Whether all machines of a run see the same folder; otherwise each of them fills its own."""
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float16", "int8"):
             raise ConfigError(f"--model.cache.dtype must be float16 or int8, got {self.dtype!r}.")
-
-
-class QuestionData(Protocol):
-    """What is asked of a data module."""
-
-    answers: Any
-    """The vocabulary; its `encode_batch` makes targets."""
-
-    def questions_of(self, split: Any) -> Sequence[AskedQuestion]:
-        """List the questions of a split."""
-
-    def image_ids_of(self, split: Any) -> Sequence[int]:
-        """List the ids of its pictures."""
-
-    def picture_items(self, split: Any) -> Sequence[Any]:
-        """List what tells each picture from others, as plain values."""
-
-    def picture_batches(self, split: Any, numbers: Sequence[int]) -> Iterable[Tensor]:
-        """Yield the preprocessed pictures of the given numbers, float (B, 3, H, W), in this order."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +68,7 @@ class FeatureCache:
     """What was done to it, in words."""
     options: CacheOptions
     group: int = 0
-    """Processes of the same number see the same folder."""
+    """Processes with the same group number see the same folder."""
 
     @cached_property
     def network(self) -> str:
@@ -104,16 +86,16 @@ class FeatureCache:
         return hashes[0]
 
     def batches(
-        self, data: QuestionData, splits: Sequence[str], progress: Callable[[str, float], None] = lambda *_: None
-    ) -> dict[str, FeatureBatch]:
-        """Return the collation of each split's questions; computes what is not on disk.
+        self, data: FeatureData, splits: Sequence[Split], progress: Callable[[str, float], None] = lambda *_: None
+    ) -> dict[Split, FeatureBatch]:
+        """Return what collates each split's questions, after computing the features that are not on disk.
 
         A collective call. The global random state is left as it was, whatever had to be computed. That there is space
         for the features of all splits is checked before any is computed.
 
         Args:
             data: The data module, set up.
-            splits: Of "train" and "val".
+            splits: Which of "train" and "val".
             progress: Told what is being computed, and the share of this process's work on it that is done.
 
         Raises:
@@ -137,7 +119,7 @@ class FeatureCache:
             for split, plan in planned.items()
         }
 
-    def _plan(self, data: QuestionData, split: str) -> "_Plan":
+    def _plan(self, data: FeatureData, split: Split) -> "_Plan":
         texts = list(dict.fromkeys(question.text for question in data.questions_of(split)))
         tokens = self.preprocessing.tokenizer(texts)
         lengths = text_token_mask(self.clip, tokens).sum(1)
@@ -152,7 +134,7 @@ class FeatureCache:
             tokens,
         )
 
-    def _fill(self, data: QuestionData, split: str, plan: "_Plan", progress: Callable[[str, float], None]) -> None:
+    def _fill(self, data: FeatureData, split: Split, plan: "_Plan", progress: Callable[[str, float], None]) -> None:
         plan.images.fill(
             lambda numbers: self._image_features(data.picture_batches(split, numbers)),
             self.group,

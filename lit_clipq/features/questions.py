@@ -1,36 +1,13 @@
 """Batches of questions with the cached features of their pictures and words."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_clipq.contracts import AskedQuestion
 from lit_clipq.features.store import FeatureStore
-
-
-class AskedQuestion(Protocol):
-    """A question as a data module has it."""
-
-    @property
-    def question_id(self) -> int:
-        """Its number."""
-
-    @property
-    def image_id(self) -> int:
-        """The number of its picture."""
-
-    @property
-    def text(self) -> str:
-        """What is asked."""
-
-    @property
-    def answers(self) -> Sequence[str]:
-        """What the annotators answered."""
-
-    @property
-    def answer_type(self) -> str:
-        """Kind of the answer."""
 
 
 class FeatureBatch:

@@ -35,16 +35,16 @@ Progress = Callable[[float], None]
 class FeatureStore:
     """Token features of numbered items in shards of equal size.
 
-    Items are cut into shards in their order. Processes divide the missing shards among them, never write the same file,
-    and the files say nothing about how many there were. Reading is by single items and keeps no
-    file mapped, so that memory does not grow with the cache (8 bytes an item apart).
+    Items are cut into shards in their order. Processes divide the missing shards among themselves and never write the
+    same file, and the files do not depend on how many processes there were. Items are read one at a time and no file
+    stays mapped, so that memory does not grow with the cache, apart from 8 bytes for each item.
 
     Args:
         folder: Where the cache lies; made where it is absent.
         key: What the features depend on.
         lengths: Tokens of each item.
         width: Features of a token.
-        shard_bytes: Size a shard does not exceed, unless a single item does.
+        shard_bytes: Size that a shard exceeds only where a single item does.
 
     Raises:
         ConfigError: If the folder holds a cache with another key; says which.
@@ -88,7 +88,7 @@ class FeatureStore:
         """Find the shards that are absent or damaged; a collective call, after which every process knows them.
 
         Args:
-            group: Processes of the same number see the same folder and share the work.
+            group: Processes with the same group number see the same folder and share the work.
 
         Raises:
             DataError: Processes that share the folder would fill it with different features.
@@ -110,7 +110,7 @@ class FeatureStore:
 
         Args:
             produce: Computes features of items.
-            group: Processes of the same number see the same folder and share the work.
+            group: Processes with the same group number see the same folder and share the work.
             progress: Told the share of this process's work that is done, from 0 to 1.
 
         Returns:
@@ -211,7 +211,7 @@ def check_space(stores: Sequence[FeatureStore], group: int = 0) -> None:
 
     Args:
         stores: The stores.
-        group: Processes of the same number see the same folders.
+        group: Processes with the same group number see the same folders.
 
     Raises:
         DataError: It does not fit, on this process or on another.

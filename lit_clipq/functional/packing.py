@@ -1,4 +1,4 @@
-"""Dense packing of integer codes: b bits a code, nothing between them.
+"""Dense packing of integer codes: b bits for each code, with nothing between them.
 
 Code i occupies the bits i * b .. (i + 1) * b - 1 of the stream, the lowest bit first; bit k of the stream is bit k % 8
 of byte k // 8. So eight codes fill b bytes, and both directions work on whole columns of such groups.
@@ -62,7 +62,7 @@ def unpack_codes(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
         Signed codes of that shape, int8 up to 8 bits and int16 above.
 
     Raises:
-        ValueError: If `packed` has not the size that width and shape imply.
+        ValueError: If `packed` does not have the size that width and shape imply.
     """
     count = torch.Size(shape).numel()
     low, _ = code_range(bits, symmetric=True)

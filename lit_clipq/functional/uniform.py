@@ -34,7 +34,7 @@ def affine_parameters(
     """Return (scale float32, zero point int32) of the grid that spans [low, high], widened to contain 0.
 
     Affine: S = (high - low) / (2^b - 1), Z = round(-low / S). Symmetric with c = max(|low|, |high|):
-    S = 2 c / (2^b - 1), Z = 0, so that +c lies half a step outside of the grid and clips; `restricted` takes
+    S = 2 c / (2^b - 1), Z = 0, so that +c lies half a step outside the grid and is clipped; `restricted` takes
     S = c / (2^(b-1) - 1) instead, which represents +c exactly and gives up the most negative code.
 
     Args:
@@ -68,8 +68,8 @@ def fake_quantize(
     """Round `x` to its grid and back; shape and dtype of `x`, straight-through gradient inside the range.
 
     torch's fused operators do the work, except on a CPU without gradients: there four in-place passes give the same
-    bits in a fifteenth of the time. The fused operators turn NaN into a number: check inputs that
-    may hold one beforehand.
+    bits in a fifteenth of the time. The fused operators turn NaN into a number: check inputs that may hold one
+    beforehand.
 
     Args:
         x: Values, floating point.

@@ -24,7 +24,7 @@ class TopKAccuracy(SampleKeyedMetric):
 
     Args:
         ks: how many classes to look at.
-        kwargs: of `torchmetrics.Metric`.
+        **kwargs: of `torchmetrics.Metric`.
 
     Example:
         >>> metric = TopKAccuracy(ks=(1, 2))

@@ -49,7 +49,7 @@ class SampleKeyedMetric(Metric):
 
         Args:
             name: attribute that holds the list of appended tensors.
-            columns: shape of one row; none for a scalar.
+            *columns: shape of one row; none for a scalar.
             dtype: dtype of all appended tensors.
         """
         self.add_state(name, [], dist_reduce_fx="cat")

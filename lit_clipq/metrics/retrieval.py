@@ -26,7 +26,7 @@ class RetrievalRecall(SampleKeyedMetric):
         ks: how many items to look at.
         any_identical: also score `recall@k_t2i_any_identical`, where any image with this very caption is a hit.
         block_bytes: working memory for similarities.
-        kwargs: of `torchmetrics.Metric`.
+        **kwargs: of `torchmetrics.Metric`.
 
     Example:
         >>> metric = RetrievalRecall(ks=(1,))

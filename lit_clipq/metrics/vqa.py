@@ -22,15 +22,15 @@ class VQAAccuracy(SampleKeyedMetric):
     """The official accuracy of VQA v2, over all questions and for each answer type.
 
     See `lit_clipq.metrics.functional.vqa` for how answers are compared and scored. `compute` gives `vqa_accuracy`, and
-    where answer types are given `vqa_accuracy_yes_no`, `vqa_accuracy_number`, `vqa_accuracy_other` (whatever is no
-    letter or digit in the name of a type becomes "_"). All are **fractions**: 0.6717 is what papers print as 67.17.
+    where answer types are given `vqa_accuracy_yes_no`, `vqa_accuracy_number`, `vqa_accuracy_other` (what is neither
+    letter nor digit in the name of a type becomes "_"). All are **fractions**: 0.6717 is what papers print as 67.17.
 
     With ids, a question counts once, whoever saw it and how often; that it comes again with another score is an error.
     Without ids, every sample counts, in the order of arrival and of the processes. Texts are scored on arrival and not
     kept: a sample costs 64 bytes.
 
     Args:
-        kwargs: of `torchmetrics.Metric`.
+        **kwargs: of `torchmetrics.Metric`.
 
     Example:
         >>> metric = VQAAccuracy()

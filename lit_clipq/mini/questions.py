@@ -105,7 +105,7 @@ def _answer(rng: Rng, truth: str, answer_type: str) -> tuple[str, str]:
 
 
 def _unique(scene: Scene) -> list[Thing]:
-    """Return the things whose shape is there once."""
+    """Return the things whose shape occurs once."""
     return [t for t in scene.things if sum(t.shape == o.shape for o in scene.things) == 1]
 
 

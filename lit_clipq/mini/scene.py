@@ -1,4 +1,4 @@
-"""What is in a picture of the mini world: things with their properties, and how a scene is drawn by lot."""
+"""What is in a picture of the mini world: things with their properties, and how a scene is drawn at random."""
 
 from dataclasses import dataclass
 

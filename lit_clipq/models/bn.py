@@ -27,9 +27,9 @@ _PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
 def fold_batchnorm(model: nn.Module) -> int:
     """Fold every BatchNorm2d whose convolution is known into that convolution, in place.
 
-    In eval mode the pair computes gamma (W * x + b - mean) / sqrt(var + eps) + beta, a convolution with weight gamma
-    / sqrt(var + eps) W (arXiv 1712.05877, section 3.2). The factors are computed in float64. The pairs are those of
-    CLIP's ModifiedResNet, of timm's ResNet, and neighbours within an `nn.Sequential`; other BatchNorms stay and are
+    In eval mode the pair computes gamma (W * x + b - mean) / sqrt(var + eps) + beta: a convolution with the weight
+    W gamma / sqrt(var + eps) (arXiv 1712.05877, section 3.2). The factors are computed in float64. The pairs are those
+    of CLIP's ModifiedResNet, of timm's ResNet, and neighbours within an `nn.Sequential`; other BatchNorms stay and are
     logged.
 
     Args:

@@ -5,13 +5,15 @@ import hashlib
 import torch
 from torch import nn
 
+from lit_clipq.contracts import Stateful
 
-def state_hash(module: nn.Module) -> str:
+
+def state_hash(module: Stateful) -> str:
     """Hash names, shapes, types and bytes of a module's state."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in module.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+        digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

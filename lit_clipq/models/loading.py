@@ -53,9 +53,8 @@ def load_clip(
         name: open_clip name, path of an open_clip configuration JSON, or a mini name ("mini-vit", "mini-resnet",
             "mini-vit-outlier", "mini-resnet-outlier"). A relative `text_cfg.tokenizer_kwargs.bpe_path` in a JSON is
             relative to that JSON.
-        pretrained: open_clip tag, local file (`.safetensors`, a state dict in `.pt` or `.bin`, OpenAI's TorchScript
-        `.pt`),
-            "mini", or None for random weights from torch's global generator.
+        pretrained: open_clip tag, local file (`.safetensors`, a state dict in `.pt` or `.bin`, or OpenAI's TorchScript
+            `.pt`), "mini", or None for random weights from torch's global generator.
         precision: "fp32", "fp16", "bf16" (normalisations stay float32), "pure_fp16" or "pure_bf16".
         device: Where the model is put.
         force_quick_gelu: Use QuickGELU whatever the configuration says.
@@ -64,9 +63,8 @@ def load_clip(
         Model, preprocessing and names.
 
     Raises:
-        ModelError: For an unknown name or tag (with close matches), weights that are missing, damaged, non-finite or
-        do not
-            fit, and weights trained with QuickGELU on a model without it.
+        ModelError: For an unknown name or tag (with close matches), for weights that are missing, damaged, non-finite
+            or of another shape, and for weights trained with QuickGELU on a model without it.
     """
     config = resolve_config(name, force_quick_gelu=force_quick_gelu)
     source = None if pretrained is None else find_weights(config, pretrained, force_quick_gelu=force_quick_gelu)

@@ -212,9 +212,10 @@ class GuidedAttention(ExplicitAttention):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` whose masks cost a third on a CPU, where they were an eighth of a training step.
+    """`nn.Dropout` that draws its masks in a third of the time on a CPU, where they took an eighth of a training step.
 
-    torch draws 53 bits an element and converts them; 32, compared as integers, decide as well (p to within 2^-32).
+    torch draws 53 bits for each element and converts them to a float; 32 bits compared as integers do as well (p is
+    then exact to 2^-32).
     """
 
     def forward(self, input: Tensor) -> Tensor:

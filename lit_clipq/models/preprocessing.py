@@ -21,10 +21,11 @@ class Preprocessing:
     """How to prepare a model's input.
 
     Attributes:
-        image: Turns a picture into a float32 tensor (3, H, W). tokenizer: Turns n texts into int64 token ids (n,
-        context_length). context_length: Tokens of a text, padding included. fingerprint: Hash of the image transform
-        and of the tokenizer with its vocabulary; equal fingerprints prepare equal
-            inputs.
+        image: Turns a picture into a float32 tensor (3, H, W).
+        tokenizer: Turns n texts into int64 token ids (n, context_length).
+        context_length: Tokens of a text, padding included.
+        fingerprint: Hash of the image transform and of the tokenizer with its vocabulary; equal fingerprints prepare
+            equal inputs.
     """
 
     image: Callable[[Image.Image], Tensor]
@@ -58,7 +59,7 @@ class HubTokenizer:
         """Tokenize n texts to int64 (n, context_length).
 
         Raises:
-            ModelError: Where the tokenizer's files cannot be had.
+            ModelError: Where the tokenizer's files are neither cached nor allowed to be fetched, or cannot be read.
         """
         if self._tokenizer is None:
             self._tokenizer = self._load()
@@ -132,7 +133,7 @@ def make_preprocessing(config: ModelConfig, image_size: int | tuple[int, int], *
 def _make_tokenizer(
     text_cfg: dict[str, Any], context_length: int, *, download: bool
 ) -> tuple[Callable[[list[str]], Tensor], dict[str, Any]]:
-    """Return a tokenizer and what tells it from others."""
+    """Return a tokenizer, and plain values that distinguish it from any other."""
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 
     options = dict(text_cfg.get("tokenizer_kwargs") or {})

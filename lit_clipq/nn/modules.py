@@ -117,7 +117,7 @@ class QWeighted(QModule):
 
     @abstractmethod
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
-        """Compute the product of the input with `weight` in the place of the layer's own."""
+        """Compute the product of the input with `weight` in place of the layer's own."""
 
     @property
     def quantizers(self) -> tuple[Quantizer | None, ...]:

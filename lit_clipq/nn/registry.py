@@ -15,7 +15,7 @@ class LayerKind:
     """A family of quantizable layers."""
 
     name: str
-    """How maps and reports call it."""
+    """What maps and reports call it."""
     float_type: type[nn.Module]
     """The float layer, subclasses included."""
     quantized_type: Callable[..., QModule]

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_clipq.contracts import CalibrationBatch, CaptioningTask
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import CIDEr
 from lit_clipq.models import encode_image
@@ -36,7 +37,7 @@ class Captioning(ClipTask):
 
     Batches are `{"images": (B, 3, H, W), "image_ids": int64 (B,), "references": list of lists of texts, "file_names":
     list of paths}`. A caption depends on its picture alone, not on those beside it. The language model stays float
-    unless a pattern of `quantize.include` speaks of `lm`.
+    unless a pattern of `quantize.include` mentions `lm`.
 
     Args:
         name: model name or path of an open_clip config JSON.
@@ -107,10 +108,10 @@ class Captioning(ClipTask):
         return {**super().roots(), **({"lm": self.lm} if self._offers_lm else {})}
 
     def offer_roots(self, include: Sequence[str]) -> None:
-        """Offer the language model where a pattern of layer names speaks of it; without patterns CLIP alone."""
+        """Offer the language model where a pattern of layer names mentions it; without patterns CLIP alone."""
         self._offers_lm = any(fnmatchcase("lm", pattern.partition(".")[0]) for pattern in include)
 
-    def calibration_forward(self, batch: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor]:
+    def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
         """Embeddings of the batch; with a language model to quantize also `lm`, what it makes of the texts.
 
         `lm` is 2 sqrt(p) of the next-token probabilities, (B, L, V): the Gauss-Newton diagonal of that is the Fisher
@@ -125,7 +126,7 @@ class Captioning(ClipTask):
     def _language_tokens(self, tokens: Tensor) -> Tensor:
         """Return the language model's tokens (B, L) of texts given in CLIP's.
 
-        L is that of the longest caption with its prefix; a shorter text is said again. A row does not depend on the
+        L is that of the longest caption with its prefix; a shorter text is repeated. A row does not depend on the
         texts beside it, so that any number of processes calibrates on the same tokens.
         """
         decode = getattr(self.preprocessing.tokenizer, "decode", None)
@@ -223,6 +224,13 @@ class Captioning(ClipTask):
             self._log.close({key: picture.caption for key, picture in self._captioned.items()})
         self._captioner = None
         self._log = None
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: Captioning) -> CaptioningTask:
+        """Let the type checker hold the class against its contract."""
+        return task
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_clipq.contracts import ClassData, require
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
-from lit_clipq.tasks.task import ClipTask
+from lit_clipq.tasks.task import ClipTask, datamodule_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,15 +101,13 @@ class ZeroShotClassification(ClipTask):
         return embeddings[torch.argsort(order)]
 
     def _class_names(self) -> list[str]:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        names = getattr(datamodule, "class_names", None)
-        if not names:
+        data = require(datamodule_of(self), ClassData)
+        if not data.class_names:
             raise DataError(
-                "expected a datamodule with `class_names` for zero-shot classification, got "
-                f"{'none' if names is None else 'an empty list'} from {type(datamodule).__name__}; "
-                "use a classification datamodule."
+                f"expected a datamodule with `class_names`, got {type(data).__name__} without any; "
+                "use a classification datamodule, and call its setup()"
             )
-        return list(names)
+        return list(data.class_names)
 
 
 def prompt_templates(templates: Templates) -> list[str]:

@@ -132,7 +132,7 @@ class ContrastiveTask(LightningModule):
         self._embedded.append(self.embed(batch))
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss-free quality: recall among the validation pairs of this process, averaged over processes."""
+        """Log the recall among the validation pairs of this process, averaged over processes."""
         image, text = (torch.cat(column) for column in zip(*self._embedded, strict=True))
         self._embedded.clear()
         self.log("val_recall@1_i2t", recall_at_1(image, text), prog_bar=True, sync_dist=True)

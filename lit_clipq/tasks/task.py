@@ -1,7 +1,8 @@
 """What the evaluation tasks share: a CLIP, one evaluation loop for validate and test, results and scores per sample."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from torch import Tensor, nn
 
+from lit_clipq.contracts import CalibrationBatch, MeasuredTask
 from lit_clipq.metrics import Evaluation, SampleKeyedMetric, SampleScores
 from lit_clipq.models import encode_image, encode_text, load_clip
 
@@ -43,7 +45,7 @@ class ClipTask(LightningModule):
         """Networks that may be quantized, by name."""
         return {"clip": self.clip}
 
-    def calibration_forward(self, batch: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor]:
+    def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
         """Run the network on a calibration batch; gradients flow where they are enabled.
 
         Args:
@@ -59,6 +61,9 @@ class ClipTask(LightningModule):
         if texts is not None:
             outputs["text"] = self.embed_texts(texts)
         return outputs
+
+    def offer_roots(self, include: Sequence[str]) -> None:
+        """Learn which patterns of layer names a run has; for networks that `roots` offers on demand only."""
 
     def prepare_weights(self) -> None:
         """Load what an evaluation needs and the constructor has not loaded, before a first look at the weights."""
@@ -136,6 +141,18 @@ class ClipTask(LightningModule):
         if self._evaluation is None:
             raise RuntimeError("expected a finished evaluation, got none; run `Trainer.validate` or `test` first.")
         return self._evaluation
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: ClipTask) -> MeasuredTask:
+        """Let the type checker hold the class against its contract."""
+        return task
+
+
+def datamodule_of(task: LightningModule) -> object:
+    """Return the data module that a task runs on, or None where there are bare loaders."""
+    return task.trainer.datamodule  # type: ignore[attr-defined]
 
 
 class _AllRanksEvaluationLoop(_EvaluationLoop):

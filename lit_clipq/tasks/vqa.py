@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from lit_clipq.contracts import AnswerData, CalibrationBatch, QuestionData, require
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.features import CacheOptions, FeatureCache, decode
 from lit_clipq.metrics import VQAAccuracy
@@ -28,7 +30,7 @@ from lit_clipq.models import (
     token_sizes,
 )
 from lit_clipq.models.hashing import network_hash, state_hash
-from lit_clipq.tasks.task import ClipTask
+from lit_clipq.tasks.task import ClipTask, datamodule_of
 from lit_clipq.tasks.vqa_head import HeadRecord, head_path, load_head, save_head
 
 logger = logging.getLogger(__name__)
@@ -76,8 +78,8 @@ class VQA(ClipTask):
             evaluate where no checkpoint is given. `fit` starts from random weights.
         question_only: Show the head no pictures: their features are zero. For comparison.
         learning_rate: Base rate of Adam; MCAN's is 1e-4 for `small` and 5e-5 for `large`.
-        betas: Of Adam.
-        eps: Of Adam.
+        betas: Decay of Adam's running means of the gradient and of its square.
+        eps: Added to the denominator of Adam's step.
         warmup: Factor on the rate in each of the first epochs.
         decay_epochs: Epochs, counted from 0, before which the rate decays.
         decay: Factor of a decay.
@@ -156,7 +158,7 @@ class VQA(ClipTask):
         """Patterns of the layers that no token feature depends on: projections into the joint space, poolings."""
         return tuple(f"clip.{pattern}" for pattern in layers_behind_tokens(self.clip))
 
-    def calibration_forward(self, batch: tuple[Tensor | None, Tensor | None]) -> dict[str, Tensor]:
+    def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
         """Run the network on a calibration batch; gradients flow where they are enabled.
 
         Args:
@@ -287,17 +289,13 @@ class VQA(ClipTask):
             return
         self._check_export()
         warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start of training.*")
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "answers"):
-            raise ConfigError(
-                f"expected a datamodule with questions and `answers`, got {type(data).__name__}; use a VQA datamodule."
-            )
+        data = require(datamodule_of(self), QuestionData)
         self._build_head(data.answers.words)
         self.clip.requires_grad_(False).eval()
         # Buffers of CLIP (integer codes!) would otherwise be sent from the first process to all others in every step.
         held = [*self.clip.named_parameters(), *self.clip.named_buffers()]
         self._ddp_params_and_buffers_to_ignore = [f"clip.{name}" for name, _ in held]
-        data.collators = {}
+        data.use_collators({})
         if self.cache is not None:
             self.clip.to(self.trainer.strategy.root_device)
             features = FeatureCache(
@@ -309,7 +307,7 @@ class VQA(ClipTask):
                 group=0 if self.cache.shared else self.trainer.node_rank,
             )
             with _progress(self.trainer) as progress:
-                data.collators = dict(features.batches(data, ("train", "val"), progress))
+                data.use_collators(features.batches(data, ("train", "val"), progress))
 
     def _check_export(self) -> None:
         """Refuse a file that cannot be written before the training, not after it."""
@@ -383,8 +381,8 @@ class VQA(ClipTask):
         """Take the head of `head_weights` if no checkpoint brought one; the data module reports by its answers."""
         if not self._fits():
             self.prepare_weights()
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if not self._fits() and self.head is not None and hasattr(data, "use_answers"):
+        data = datamodule_of(self)
+        if not self._fits() and self.head is not None and isinstance(data, AnswerData):
             data.use_answers(self.words)
 
     def evaluation_step(self, batch: Mapping[str, Any]) -> None:
@@ -452,7 +450,7 @@ class VQA(ClipTask):
 
 
 @contextmanager
-def _progress(trainer: Any) -> Iterator[Callable[[str, float], None]]:
+def _progress(trainer: Trainer) -> Iterator[Callable[[str, float], None]]:
     """Show what is being computed and the time left; on the first process, where the Trainer has a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     shown = trainer.is_global_zero and trainer.progress_bar_callback is not None

@@ -23,7 +23,7 @@ CHUNK = 512
 
 
 class CandidateTexts(Protocol):
-    """Where the guidance gets embeddings of texts from."""
+    """Source of the text embeddings that guide the language model."""
 
     @property
     def positions(self) -> int:
@@ -113,7 +113,7 @@ class RememberedTexts(WholeTexts):
         clip: A CLIP.
         tokenizer: Its tokenizer.
         decode: Text of token ids of the language model.
-        limit: Texts that are remembered; when there are more, all are forgotten.
+        limit: Texts that are remembered at most; one more, and all are forgotten.
     """
 
     def __init__(
@@ -165,10 +165,10 @@ class SharedPrefixes:
     """Candidate texts computed once and only behind their context.
 
     An embedding depends on context and candidate alone, not on what else was asked for: texts run in groups of equal
-    shape, few of them filled up (`text_cache.MIN_ROWS`).
+    shape, and small groups are filled up (`prefix_cache.MIN_ROWS`).
 
     Args:
-        clip: A CLIP for which `text_cache.why_not` has nothing to object.
+        clip: A CLIP for which `prefix_cache.why_not` returns an empty text.
         tokenizer: Its tokenizer.
         decode: Text of token ids of the language model.
         vocabulary: Size of the language model's vocabulary.

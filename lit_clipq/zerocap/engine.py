@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Captioner(Protocol):
-    """What gives pictures captions."""
+    """Generates captions for pictures."""
 
     candidates: CandidateTexts
 
@@ -45,7 +45,7 @@ def make_captioner(
     lm: LoadedLanguageModel,
     options: ZeroCapOptions,
 ) -> Captioner:
-    """Make what gives pictures captions, from the networks as they are now; make it anew after CLIP was quantized.
+    """Make a captioner of the networks as they are now; after CLIP was quantized make another one.
 
     Args:
         clip: A CLIP.

@@ -1,4 +1,4 @@
-"""Options of ZeroCap and its presets, and the tokens it does not like."""
+"""Options of ZeroCap, its presets, and the tokens that captions should not have."""
 
 import math
 import re
@@ -34,17 +34,17 @@ class ZeroCapOptions:
     beams: int = 5
     """Width of the beam search."""
     max_tokens: int = 15
-    """Tokens of a caption at most."""
+    """Largest number of tokens in a caption."""
     candidates: int = 512
     """Next tokens that CLIP scores in each step."""
     iterations: int = 5
     """Gradient steps on the cache for each token; 0 leaves only the choice among the beams to CLIP."""
     step_size: float = 0.3
-    """Of a gradient step."""
+    """Size of a gradient step; see `gradient_power`."""
     gradient_power: float = 0.9
-    """A cache tensor moves by -step_size g / ||g||^gradient_power."""
+    """A cache tensor with the gradient g moves by -step_size g / ||g||^gradient_power."""
     temperature: float = 0.01
-    """Of the softmax over the candidates' similarities."""
+    """Temperature of the softmax over the candidates' similarities."""
     clip_scale: float = 1.0
     """Weight of CLIP's cross entropy."""
     ce_scale: float = 0.2
@@ -54,11 +54,11 @@ class ZeroCapOptions:
     end_token: str = "."  # noqa: S105 - a token of a text
     """Token that ends a caption."""
     end_factor: float = 1.01
-    """Favours the end token from the second step on."""
+    """Factor that favours the end token from the second step on."""
     first_end_factor: float = 1.6
-    """Disfavours the end token in the first step."""
+    """Factor that disfavours the end token in the first step."""
     forbidden_factor: float = 20.0
-    """Disfavours forbidden tokens; 1 allows them."""
+    """Factor that disfavours forbidden tokens; 1 allows them."""
     forbidden_tokens: str | None = None
     """`.npy` file of forbidden token ids; null takes the rule of `forbidden_by_rule`."""
     guided: bool = True
@@ -157,11 +157,11 @@ def forbidden_tokens(options: ZeroCapOptions, tokenizer: Any, end_id: int) -> li
 
 
 def forbidden_by_rule(text: str) -> bool:
-    """Tell whether a token is nothing that a caption should say.
+    """Tell whether a caption should not contain a token.
 
-    Allowed are ASCII letters with at most their first one a capital, after a space or not, and , ' and - alone. All
-    else is forbidden: digits, other marks, line ends, letters of other scripts, words in capitals, and words about the
-    picture itself (`PICTURE_WORDS`).
+    Allowed are words of ASCII letters of which at most the first is a capital, with or without a space in front, and
+    the single marks , ' and -. Everything else is forbidden: digits, other marks, line ends, letters of other scripts,
+    words in capitals, and words about the picture itself (`PICTURE_WORDS`).
 
     Example:
         >>> [forbidden_by_rule(text) for text in (" dog", "s", ",", " Image", "2", "USA")]

@@ -38,7 +38,7 @@ class KeysValues:
         return sum(x.numel() * x.element_size() for pair in self.layers for x in pair)
 
     def row(self, index: int) -> "KeysValues":
-        """Return those of one text, as (1, H, L, d) of their own memory."""
+        """Return those of one text, (1, H, L, d) each, copied into memory of their own."""
         return KeysValues([(k[index : index + 1].clone(), v[index : index + 1].clone()) for k, v in self.layers])
 
 
@@ -49,10 +49,10 @@ class PrefixTextEncoder:
     explicit copies of them.
 
     Args:
-        model: A CLIP for which `why_not` has nothing to object.
+        model: A CLIP for which `why_not` returns an empty text.
 
     Raises:
-        ValueError: Where it has.
+        ValueError: Where `why_not` gives a reason.
 
     Attributes:
         positions: Token positions that were run so far, filled-up rows included.
@@ -156,6 +156,6 @@ def _explicit(block: Any) -> Any:
 
 
 def filled_up(x: Tensor, positions: int = 1) -> Tensor:
-    """Repeat the first row until the rows times their positions are `MIN_ROWS`."""
+    """Repeat the first row until rows times positions reach `MIN_ROWS`."""
     missing = -(-MIN_ROWS // positions) - len(x)
     return x if missing <= 0 else torch.cat([x, x[:1].expand(missing, *x.shape[1:])])

@@ -71,7 +71,7 @@ class CaptionModel:
     def next_logits(self, tokens: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Run tokens behind a cache.
 
-        Few texts are filled up (`text_cache.MIN_ROWS`), so that a text's result does not depend on those beside it.
+        Small batches are filled up (`prefix_cache.MIN_ROWS`), so that a text's result does not depend on its batch.
 
         Args:
             tokens: int64 (R, T).
@@ -126,7 +126,7 @@ def moved(delta: Tensor, gradient: Tensor, options: ZeroCapOptions) -> Tensor:
 def next_log_probabilities(
     logits: Tensor, log_p0: Tensor, step: int, end_id: int, forbidden: Tensor, options: ZeroCapOptions
 ) -> Tensor:
-    """Return log-probabilities (R, V) of the next token: end and forbidden tokens weighed, fused with the unguided.
+    """Return log-probabilities (R, V) of the next token, end and forbidden tokens reweighted, mixed with the unguided.
 
     A logit is favoured by a factor if it is multiplied by it where positive and divided by it elsewhere.
 

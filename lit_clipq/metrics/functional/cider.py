@@ -1,4 +1,4 @@
-"""CIDEr-D: agreement of captions with references, weighted by how telling their n-grams are."""
+"""CIDEr-D: agreement of captions with references, weighted by how informative their n-grams are."""
 
 import math
 from collections import Counter

@@ -223,8 +223,8 @@ class AnswerVocabulary:
 
         Args:
             answers: The most common answer of every question (`multiple_choice_answer`).
-            min_count: Keep answers of at least so many questions. MCAN keeps those of more than 8, which are 3,129 over
-                train and val of VQA v2.
+            min_count: Keep answers that are the most common one of at least this many questions. MCAN keeps those of
+                more than 8, which are 3,129 over train and val of VQA v2.
 
         Raises:
             DataError: No answer is that frequent.
