@@ -18,7 +18,7 @@ from benchmarks.families import FAMILIES, family_of, sample, small_config
 from lit_clipq.checkpoint import identify, load_quantized, save_quantized
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, load_clip, make_explicit
 from lit_clipq.recipes import make_recipe
-from tests.models.conftest import randomize
+from tests.models.conftest import lively
 
 pytest.importorskip("transformers", minversion="5", reason="the text towers of Hugging Face")
 
@@ -30,17 +30,6 @@ WITH_UNREACHED_LAYERS = {
 }
 """Families that `quantize` refuses without an `exclude`."""
 BY_TITLE = {family.title: family for family in FAMILIES}
-
-
-def lively(model):
-    """Give every weight a size at which pictures, texts and positions make a difference."""
-    randomize(model)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            fan_in = parameter[0].numel()
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-    return model
 
 
 @pytest.fixture(scope="module", params=BY_TITLE)
