@@ -1,4 +1,4 @@
-"""ImageNetV2, ImageNet and other folders of classes, for zero-shot classification."""
+"""ImageNetV2, ImageNet and other folders of classes, for classification, zero-shot or supervised."""
 
 import re
 from abc import abstractmethod
@@ -95,8 +95,13 @@ class ClassificationDataModule(QuantDataModule):
         """List all pictures below a calibration folder."""
         return [Picture(path) for path in list_pictures(folder)]
 
-    def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor:
-        """Return one tokenised prompt per picture; class and template are drawn by `seed` alone."""
+    def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:
+        """Return one tokenised prompt per picture; class and template are drawn by `seed` alone.
+
+        A task that offers no templates reads no texts: then there are none.
+        """
+        if self.templates is not None and not self.templates:
+            return None
         templates = self.templates or ["a photo of a {}."]
         generator = torch.Generator().manual_seed(seed)
         classes = torch.randint(len(self.class_names), (len(pictures),), generator=generator).tolist()

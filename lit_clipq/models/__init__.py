@@ -2,6 +2,7 @@
 
 from lit_clipq.models.attention.explicit import ExplicitAttentionRecord, make_explicit
 from lit_clipq.models.bn import fold_batchnorm
+from lit_clipq.models.classifier import load_classifier
 from lit_clipq.models.encode import encode_image, encode_text, has_end_token_rule, text_lengths
 from lit_clipq.models.loading import LoadedCLIP, load_clip
 from lit_clipq.models.mcan import MCAN, MCAN_PRESETS, MCANOptions, mcan_options
@@ -31,6 +32,7 @@ __all__ = [
     "fold_batchnorm",
     "has_end_token_rule",
     "layers_behind_tokens",
+    "load_classifier",
     "load_clip",
     "make_explicit",
     "mcan_options",

@@ -54,5 +54,16 @@ KINDS: tuple[LayerKind, ...] = (
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the kind that quantizes `module`, or `None`."""
-    return next((kind for kind in KINDS if isinstance(module, kind.float_type)), None)
+    """Return the kind that quantizes `module`, or `None`.
+
+    A subclass with a `forward` of its own has none: its quantized stand-in would compute what its base class does.
+    """
+    kind = next((kind for kind in KINDS if isinstance(module, kind.float_type)), None)
+    if kind is None or any(
+        getattr(type(module), name, None) is not getattr(kind.float_type, name, None) for name in _COMPUTES
+    ):
+        return None
+    return kind
+
+
+_COMPUTES = ("forward", "_conv_forward")
