@@ -175,7 +175,7 @@ class QuantDataModule(LightningDataModule, ABC):
         self.unread.clear()
         listed = self.read_evaluation()
         if self.unread:
-            logger.warning("%d files are not read: %s", self.unread.total(), describe_unread(self.unread))
+            logger.warning("files beside the pictures that are not read: %s", describe_unread(self.unread))
         if not listed:
             raise DataError(f"{type(self).__name__} finds no picture of its evaluation split listed in {self.root}.")
         pictures, self._skipped = usable_pictures(listed, self.on_error, self.limit)

@@ -20,6 +20,8 @@ from lit_clipq.models.pictures import absence, damage, load_rgb, picture_suffixe
 logger = logging.getLogger(__name__)
 
 VERIFY_CHUNK = 512
+TEXT_SUFFIXES = frozenset({".csv", ".html", ".json", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"})
+"""Of files beside pictures that are surely none."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def list_pictures(folder: Path, unread: Counter[str] | None = None) -> list[Path
 
     Args:
         folder: Where to look.
-        unread: Counts the files that are no pictures by their suffix; without it they are told in a warning.
+        unread: Counts the files that are no pictures by their suffix; without it those that may be pictures are told in
+            a warning.
 
     Raises:
         DataError: A folder that cannot be read.
@@ -120,8 +123,8 @@ def list_pictures(folder: Path, unread: Counter[str] | None = None) -> list[Path
         others.update(_kind(name) for name in names if not name.startswith(".") and not is_picture_name(name))
     if unread is not None:
         unread.update(others)
-    elif others:
-        logger.warning("%d files in %s are not read: %s", others.total(), folder, describe_unread(others))
+    elif doubtful := Counter({kind: count for kind, count in others.items() if kind not in TEXT_SUFFIXES}):
+        logger.warning("files in %s that are not read: %s", folder, describe_unread(doubtful))
     return sorted(found)
 
 

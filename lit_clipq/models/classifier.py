@@ -9,9 +9,11 @@ from torch import nn
 
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models.configs import close_matches
+from lit_clipq.models.layouts import unwrapped_as
 from lit_clipq.models.loading import LoadedCLIP
 from lit_clipq.models.preprocessing import Preprocessing
-from lit_clipq.models.weights import check_finite, read_state_dict
+from lit_clipq.models.weights import check_finite
+from lit_clipq.models.weights_file import read_weights_file
 
 PUBLISHED = "timm"
 """Stands for the weights that timm publishes under a model's name."""
@@ -24,7 +26,8 @@ def load_classifier(name: str, pretrained: str | None = None, num_classes: int |
         name: timm name, with or without the tag of its weights: `vit_tiny_patch16_224`,
             `deit_small_patch16_224.fb_in1k`.
         pretrained: `timm` for the weights published under that name, a local file (`.safetensors`, or a state dict in
-            `.pth` or `.bin`), or None for random weights from torch's global generator.
+            `.pth` or `.bin`, alone or in a training checkpoint), or None for random weights from torch's global
+            generator.
         num_classes: Outputs; by default as many as the architecture was published with.
 
     Returns:
@@ -70,8 +73,8 @@ def load_classifier(name: str, pretrained: str | None = None, num_classes: int |
 
 def _install(model: nn.Module, name: str, path: Path) -> None:
     """Install the weights of a file; every tensor must fit."""
-    state, _ = read_state_dict(path)
     expected = model.state_dict()
+    state = unwrapped_as(read_weights_file(path).state, expected, f"weights file {path}")
     wrong = sorted(expected.keys() ^ state.keys())
     wrong += [key for key in sorted(expected.keys() & state.keys()) if state[key].shape != expected[key].shape]
     if wrong:

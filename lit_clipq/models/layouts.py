@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,16 +49,46 @@ def unwrapped(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     Raises:
         ModelError: There are several CLIPs, or two names become one.
     """
+    plain = _without_wrappers(state, where)
+    return _below(plain, _clip_prefixes(plain), "CLIP", where)
+
+
+def unwrapped_as(state: Mapping[str, Tensor], names: Collection[str], where: str) -> dict[str, Tensor]:
+    """Find the network with known names among named tensors and take off what wraps it; as `unwrapped`.
+
+    Args:
+        state: Tensors by name.
+        names: Those of the network, at least one.
+        where: What to call the tensors' origin.
+
+    Returns:
+        The network's tensors by its own names; all tensors where not all of its names are there.
+
+    Raises:
+        ModelError: The network is there several times, or two names become one.
+    """
+    plain = _without_wrappers(state, where)
+    some = min(names)
+    found = [name.removesuffix(some) for name in plain if name == some or name.endswith(f".{some}")]
+    whole = [prefix for prefix in found if all(f"{prefix}{name}" in plain for name in names)]
+    return _below(plain, whole, "network", where)
+
+
+def _without_wrappers(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     for name, tensor in state.items():
         bare = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if bare in plain:
             raise ModelError(f"{where} names the tensor {bare!r} twice, with and without a wrapper; keep one of them")
         plain[bare] = tensor
-    prefixes = _clip_prefixes(plain)
+    return plain
+
+
+def _below(plain: dict[str, Tensor], prefixes: Sequence[str], what: str, where: str) -> dict[str, Tensor]:
+    """Tensors under the only prefix, without it; all where there is no prefix."""
     if len(prefixes) > 1:
         told = ", ".join(prefix or "(no prefix)" for prefix in prefixes)
-        raise ModelError(f"{where} holds several CLIPs, named {told}; save the one you want in a file of its own")
+        raise ModelError(f"{where} holds several {what}s, named {told}; save the one you want in a file of its own")
     if not prefixes:
         return plain
     prefix = prefixes[0]
@@ -66,7 +96,8 @@ def unwrapped(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     outside = [name for name in plain if not name.startswith(prefix)]
     if outside:
         logger.warning(
-            "%s: %d tensors beside the CLIP are left out: %s", where, len(outside), ", ".join(_first_parts(outside))
+            "%s: %d tensors beside the %s are left out: %s",
+            *(where, len(outside), what, ", ".join(_first_parts(outside))),
         )
     return inside
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class ZeroShotClassification(ClipTask):
             with {} for the class name.
         ks: how many classes to look at; `top{k}` for each.
         text_batch_size: prompts encoded at a time.
+        **kwargs: how the CLIP is loaded and pictures are prepared; see `ClipTask`.
 
     Raises:
         ConfigError: Unknown or empty templates, one without {}, or a k or a batch size below 1.
@@ -48,8 +49,9 @@ class ZeroShotClassification(ClipTask):
         templates: Templates = "openai",
         ks: Sequence[int] = (1, 5),
         text_batch_size: int = 256,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(name, pretrained)
+        super().__init__(name, pretrained, **kwargs)
         self.save_hyperparameters(logger=False)
         if not ks or min(ks) < 1 or text_batch_size < 1:
             raise ConfigError(f"expected `ks` and `text_batch_size` of at least 1, got {list(ks)}, {text_batch_size}.")

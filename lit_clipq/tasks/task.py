@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_clipq.contracts import CalibrationBatch, MeasuredTask
 from lit_clipq.metrics import Evaluation, SampleKeyedMetric, SampleScores
-from lit_clipq.models import LoadedCLIP, encode_image, encode_text, load_clip
+from lit_clipq.models import LoadedCLIP, PreprocessingOptions, encode_image, encode_text, load_clip
 
 
 class EvaluationTask(LightningModule):
@@ -125,11 +125,30 @@ class ClipTask(EvaluationTask):
 
     Args:
         name: model name or path of an open_clip config JSON, as for `lit_clipq.models.load_clip`.
-        pretrained: open_clip tag, local weights file, `mini`, or None for random weights.
+        pretrained: open_clip tag, local weights file or folder, `mini`, or None for random weights.
+        quick_gelu: whether the towers use QuickGELU; null leaves it to the configuration and to what the weights say.
+        mean: subtracted from red, green and blue in [0, 1], one number or three; null as published with the weights.
+        std: what these are divided by, one number or three; null as published.
+        interpolation: of resizing; null as published.
+        resize_mode: `shortest` side fits and the middle is cut out, `longest` side fits and the rest is filled, or
+            `squash` both; null as published.
+
+    Raises:
+        ConfigError: A mean or a standard deviation that no picture can be prepared with.
     """
 
-    def __init__(self, name: str, pretrained: str | None = None) -> None:
-        super().__init__(load_clip(name, pretrained))
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None = None,
+        quick_gelu: bool | None = None,
+        mean: list[float] | float | None = None,
+        std: list[float] | float | None = None,
+        interpolation: Literal["bicubic", "bilinear"] | None = None,
+        resize_mode: Literal["shortest", "longest", "squash"] | None = None,
+    ) -> None:
+        options = PreprocessingOptions(mean, std, interpolation, resize_mode)
+        super().__init__(load_clip(name, pretrained, quick_gelu=quick_gelu, preprocessing=options))
         self.clip = self.loaded.model
 
     def roots(self) -> dict[str, nn.Module]:
