@@ -130,9 +130,8 @@ def list_pictures(folder: Path, unread: Counter[str] | None = None) -> list[Path
 
 def describe_unread(unread: Counter[str]) -> str:
     """Return suffixes with their counts, the most frequent first, as in ".heic 3, .txt 1"."""
-    return ", ".join(f"{suffix} {count:,}" for suffix, count in unread.most_common(6)) + (
-        ", ..." if len(unread) > 6 else ""
-    )
+    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{suffix} {count:,}" for suffix, count in ordered[:6]) + (", ..." if len(ordered) > 6 else "")
 
 
 def _kind(name: str) -> str:

@@ -164,7 +164,7 @@ def test_files_that_are_not_read_are_counted_by_suffix_or_told(tmp_path, draw, c
     assert caplog.text == ""
     (tmp_path / "notes.txt").touch()
     list_pictures(tmp_path)
-    assert "not read: .heic 2, .svg 1, (no suffix) 1" in caplog.text
+    assert "not read: .heic 2, (no suffix) 1, .svg 1" in caplog.text
 
 
 def test_twins_are_found_by_identity_and_content(tmp_path, draw):

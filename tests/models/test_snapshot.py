@@ -334,6 +334,7 @@ def test_objects_beside_the_weights_are_named_and_not_restored(tmp_path, config_
     assert_loaded(load_clip(str(config_file()), str(converted)), state)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 def test_a_plain_pickle_is_called_one(tmp_path, config_file):
     path = tmp_path / "weights.pt"
     path.write_bytes(pickle.dumps({"visual.a": np.zeros(3)}))
