@@ -53,8 +53,8 @@ class QuantDataModule(LightningDataModule, ABC):
         root: Folder of the data set.
         batch_size: Pictures, or texts, in a batch of one device.
         num_workers: Processes that decode pictures.
-        on_error: What a missing or damaged picture does, a picture without captions and a blank caption: "raise" names
-            it, "skip" leaves it out and counts it.
+        on_error: What a missing or damaged picture does, a picture without captions and a blank caption or question:
+            "raise" names it, "skip" leaves it out and counts it.
         limit: Take the first N usable pictures only; a held-out slice comes out of these.
         calibration_root: Folder of other pictures to calibrate with: any folder of pictures, or a COCO or Flickr
             folder with captions.

@@ -397,7 +397,9 @@ class VQAv2(VQADataModule):
     def read_split(self, split: str) -> list[Question]:
         """Read the questions of a split; empty where its files are absent."""
         questions, annotations = (self._file(name) for name, _ in FILES[split])
-        return [] if questions is None or annotations is None else read_questions(questions, annotations)
+        if questions is None or annotations is None:
+            return []
+        return read_questions(questions, annotations, self.gaps if split == "val" else self.gaps_elsewhere())
 
     def picture_paths(self, split: str, image_ids: Sequence[int]) -> list[Path]:
         """Return COCO's file of each picture."""

@@ -7,6 +7,7 @@ ABOUT_THE_DATA = frozenset(
         "skipped",
         "calibration_held_out",
         "blank_captions",
+        "blank_questions",
         "pictures_without_captions",
         "files_not_read",
         "classes",
