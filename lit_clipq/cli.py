@@ -110,7 +110,7 @@ class ClipQuantCLI(LightningCLI):
         if not trainer.is_global_zero or not isinstance(self.datamodule, TrainingData):
             return
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in self.datamodule.training_counts().items()]
-        lines = [f"trained on {', '.join(counts)}"]
+        lines = [f"trained on {', '.join(counts)}{_limited(trainer)}"]
         reached = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("train_")}
         if reached:
             told = [f"{name} {100 * value:.2f} %" for name, value in reached.items()]
@@ -219,6 +219,12 @@ def find_config(name: str) -> Path:
     close = get_close_matches(relative.removesuffix(".yaml"), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(f"no configuration file {name!r}; expected a path or one of {', '.join(known)}{hint}")
+
+
+def _limited(trainer: QuantTrainer) -> str:
+    """Say how much of the training data an epoch has seen, where it was not all."""
+    seen, there = trainer.num_training_batches, len(trainer.train_dataloader or ())
+    return f", of which an epoch saw {seen:,} of {there:,} batches" if seen < there else ""
 
 
 def console() -> Console:

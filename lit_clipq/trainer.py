@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +21,9 @@ from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
+from lit_clipq.checkpoint.training import check_training_checkpoint
 from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, require
-from lit_clipq.errors import ConfigError, ModelError
+from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
@@ -86,7 +86,7 @@ class QuantTrainer(Trainer):
             ckpt_path: Checkpoint to continue from.
             weights_only: Whether loading the checkpoint refuses pickled objects.
         """
-        _check_checkpoint(ckpt_path, weights_only)
+        check_training_checkpoint(ckpt_path, weights_only)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def validate(  # type: ignore[override]
@@ -149,7 +149,7 @@ class QuantTrainer(Trainer):
         datamodule: LightningDataModule | None,
         weights_only: bool | None,
     ) -> Any:
-        _check_checkpoint(ckpt_path, weights_only)
+        check_training_checkpoint(ckpt_path, weights_only)
         callback = self._quantizing()
         if callback is not None and callback.active and model is not None:
             require(model, MeasuredTask)
@@ -369,29 +369,6 @@ def _check_limit(name: str, limit: int | float) -> None:
             f"--trainer.{name} 0 leaves nothing to evaluate; give 1 or more batches, a share between 0 and 1, or leave "
             "it out"
         )
-
-
-def _check_checkpoint(path: str | Path | None, weights_only: bool | None) -> None:
-    """Refuse a checkpoint that cannot be read, before data is prepared and features are computed.
-
-    Raises:
-        ConfigError: There is no such file.
-        ModelError: It is damaged, or no checkpoint.
-    """
-    if path is None or path in ("best", "last", "hpc") or str(path).startswith("registry") or "://" in str(path):
-        return  # Lightning finds these
-    file = Path(path)
-    if file.is_dir():
-        return  # a sharded one; where a single file is needed, reading it says so
-    if not file.exists():
-        raise ConfigError(f"the checkpoint {path} does not exist; give --ckpt_path a file that `lightning fit` wrote")
-    try:
-        torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=weights_only is not False)
-    except Exception as error:
-        told = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ModelError(
-            f"the checkpoint {path} cannot be read ({told}); it was cut short or is none; give --ckpt_path another"
-        ) from error
 
 
 def _jsonable(options: dict[str, Any]) -> dict[str, Any]:

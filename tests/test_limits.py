@@ -12,6 +12,7 @@ from lit_clipq.cli import SPAWNING, main
 from lit_clipq.errors import ConfigError
 from lit_clipq.models import load_clip
 from lit_clipq.trainer import QuantTrainer
+from tests.tasks.vqa_runs import write_data
 
 FLOAT = ["--quantize.recipe", "null", "--trainer.float_cache", "false", "--trainer.enable_progress_bar", "false"]
 TASKS = {  # configuration: options, what counts the evaluation, N with a limit of one batch of 8, N without
@@ -155,3 +156,18 @@ def test_a_strategy_object_that_spawns_is_refused():
 
 def test_without_a_trainer_there_is_no_limit():
     assert MiniRetrieval().batch_limit() == 1.0
+
+
+# Training
+
+
+def test_a_training_says_how_much_of_its_data_an_epoch_saw(tmp_path, capsys, monkeypatch):
+    write_data(tmp_path / "data/vqa")
+    monkeypatch.chdir(tmp_path)
+    options = ["--model.name", "mini-vit", "--model.pretrained", "mini", "--model.head", "mini"]
+    options += ["--data.min_answer_count", "1", "--data.train_batch_size", "6", "--data.num_workers", "0"]
+    options += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    assert main(["fit", "--config", "vqa", *options, "--trainer.limit_train_batches", "2"]) == 0
+    assert "of which an epoch saw 2 of 6 batches" in " ".join(capsys.readouterr().out.split())
+    assert main(["fit", "--config", "vqa", *options]) == 0
+    assert "an epoch saw" not in capsys.readouterr().out

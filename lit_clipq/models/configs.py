@@ -116,7 +116,7 @@ def _read_folder(name: str, folder: Path) -> ModelConfig:
     config = replace(_read_json(name, file), folder=folder)
     tokenizer = any((folder / part).is_file() for part in ("tokenizer.json", "tokenizer_config.json"))
     if tokenizer and config.model["text_cfg"].get("hf_tokenizer_name"):
-        config.model["text_cfg"]["hf_tokenizer_name"] = str(folder)
+        config.model["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
     return config
 
 

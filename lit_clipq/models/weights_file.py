@@ -120,7 +120,7 @@ def _describe(content: Any) -> str:
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
     """Tell objects that are no tensors, and would need their pickle code run, from damage."""
-    objects = _foreign_objects(path, error)
+    objects = foreign_objects(path, error)
     if objects:
         shown = ", ".join(objects[:3]) + (", ..." if len(objects) > 3 else "")
         return ModelError(
@@ -140,8 +140,16 @@ def _unreadable(path: Path, error: Exception) -> ModelError:
     )
 
 
-def _foreign_objects(path: Path, error: Exception) -> list[str]:
-    """Names of the classes and functions that reading would call, from the opcodes alone."""
+def foreign_objects(path: Path, error: Exception) -> list[str]:
+    """Return what torch refuses to restore from a file: classes and functions by name, from the opcodes alone.
+
+    Args:
+        path: The file.
+        error: What `torch.load` raised with `weights_only=True`.
+
+    Returns:
+        Their names, at most the first in files of torch's older format; empty where the file is unreadable otherwise.
+    """
     if not isinstance(error, pickle.UnpicklingError):
         return []
     try:
