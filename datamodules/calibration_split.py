@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from datamodules.images import ContentIndex, Picture, damage
+from datamodules.images import ContentIndex, Picture
 from lit_clipq.contracts import Preprocessing
 from lit_clipq.errors import CalibrationError, DataError
+from lit_clipq.models.pictures import damage
 
 logger = logging.getLogger(__name__)
 

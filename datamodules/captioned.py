@@ -20,7 +20,7 @@ class CaptionedDataModule(QuantDataModule):
 
     def read_folder(self, folder: Path) -> list[Picture]:
         """List the pictures of a calibration folder, with captions where its layout is one of COCO's or Flickr's."""
-        return read_captioned_folder(folder) or [Picture(path) for path in list_pictures(folder)]
+        return read_captioned_folder(folder, self.gaps_elsewhere()) or [Picture(path) for path in list_pictures(folder)]
 
     def sample_counts(self) -> dict[str, int]:
         """Return the counts of pictures and captions."""

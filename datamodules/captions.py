@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datamodules.images import Picture, is_plain_relative, paths_inside
+from datamodules.images import Picture, composed, is_plain_relative, paths_inside
 from lit_clipq.errors import DataError
 
 TABLE_NAMES = ("captions.txt", "results.csv", "results_20130124.token", "Flickr8k.token.txt")
@@ -66,13 +66,16 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"{path} is not UTF-8 text ({error}).") from error
 
 
-def read_coco_captions(annotations: Path, images: Path, captions_per_image: int | None = None) -> list[Picture]:
+def read_coco_captions(
+    annotations: Path, images: Path, captions_per_image: int | None = None, gaps: Counter[str] | None = None
+) -> list[Picture]:
     """Read a caption file in COCO format.
 
     Args:
         annotations: JSON with `images` (id, file_name) and `annotations` (id, image_id, caption).
         images: Folder that `file_name` is relative to.
         captions_per_image: How many captions of a picture to take, in the order of the file; None for all.
+        gaps: Counts what is left out; None leaves nothing out. See `with_captions`.
 
     Returns:
         Pictures in the order of the file; the files need not exist.
@@ -102,12 +105,16 @@ def read_coco_captions(annotations: Path, images: Path, captions_per_image: int 
     if len(coco.imgs) != len(listed):
         raise DataError(f"{annotations} lists {len(listed) - len(coco.imgs):,} picture ids twice; ids must be unique.")
     paths = paths_inside(images, [str(name) for _, name in listed], annotations)
-    rows = [captions.get(key, [])[:captions_per_image] for key, _ in listed]
-    return with_captions(paths, rows, annotations, [key for key, _ in listed])
+    rows = [captions.get(key, []) for key, _ in listed]
+    return with_captions(paths, rows, annotations, [key for key, _ in listed], captions_per_image, gaps)
 
 
 def read_karpathy(
-    path: Path, folder: Path, splits: Container[str], captions_per_image: int | None = None
+    path: Path,
+    folder: Path,
+    splits: Container[str],
+    captions_per_image: int | None = None,
+    gaps: Counter[str] | None = None,
 ) -> list[Picture]:
     """Read rows of a Karpathy split file (`dataset_coco.json`, `dataset_flickr30k.json`, `dataset_flickr8k.json`).
 
@@ -116,6 +123,7 @@ def read_karpathy(
         folder: Folder of the pictures; where a row has a `filepath` (COCO: val2014, train2014), its parent.
         splits: Which of "train", "restval", "val", "test" to read.
         captions_per_image: How many captions of a picture to take, in the order of the file; None for all.
+        gaps: Counts what is left out; None leaves nothing out. See `with_captions`.
 
     Returns:
         Pictures in the order of the file; the files need not exist.
@@ -128,7 +136,7 @@ def read_karpathy(
         names: dict[str, list[str]] = defaultdict(list)
         for row in rows:
             names[row.get("filepath", "")].append(str(row["filename"]))
-        captions = [[sentence["raw"] for sentence in row["sentences"]][:captions_per_image] for row in rows]
+        captions = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
         ids = [row.get("cocoid", row.get("imgid")) for row in rows]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a Karpathy split file ({error!r} in `images`).") from error
@@ -136,12 +144,15 @@ def read_karpathy(
     if outside:
         raise DataError(f"{path} names the folder {outside[0]!r}, which leaves {folder}; expected a folder inside it.")
     found = {part: iter(paths_inside(folder / part, group, path)) for part, group in names.items()}
-    return (
-        [] if not rows else with_captions([next(found[row.get("filepath", "")]) for row in rows], captions, path, ids)
-    )
+    if not rows:
+        return []
+    paths = [next(found[row.get("filepath", "")]) for row in rows]
+    return with_captions(paths, captions, path, ids, captions_per_image, gaps)
 
 
-def read_table(path: Path, images: Path, keep: Container[str] | None = None) -> list[Picture]:
+def read_table(
+    path: Path, images: Path, keep: Container[str] | None = None, gaps: Counter[str] | None = None
+) -> list[Picture]:
     """Read a caption table of Flickr8k or Flickr30k, one caption a line.
 
     Formats: `image,caption` (with header, a caption may be quoted), `image_name| comment_number| comment` (with
@@ -150,7 +161,8 @@ def read_table(path: Path, images: Path, keep: Container[str] | None = None) -> 
     Args:
         path: The table.
         images: Folder of the pictures.
-        keep: Names of the pictures to read; None for all.
+        keep: Names of the pictures to read, composed (NFC); None for all.
+        gaps: Counts what is left out; None leaves nothing out. See `with_captions`.
 
     Raises:
         DataError: A line that has no picture or no caption, or names that leave `images`.
@@ -163,66 +175,100 @@ def read_table(path: Path, images: Path, keep: Container[str] | None = None) -> 
         if not line.strip():
             continue
         name, caption = split(line)
-        if not name or not caption:
+        if not name or not (caption or gaps is not None):
             raise DataError(f"{path}, line {number}: expected a picture and its caption, got {line[:80]!r}.")
-        if keep is None or name in keep:
+        if keep is None or composed(name) in keep:
             captions[name].append(caption)
     if keep is not None and not captions:
         return []
-    return with_captions(paths_inside(images, captions, path), list(captions.values()), path)
+    return with_captions(paths_inside(images, captions, path), list(captions.values()), path, gaps=gaps)
 
 
 def with_captions(
-    paths: Sequence[Path], captions: Sequence[Sequence[Any]], source: Path, ids: Sequence[Any] | None = None
+    paths: Sequence[Path],
+    captions: Sequence[Sequence[Any]],
+    source: Path,
+    ids: Sequence[Any] | None = None,
+    captions_per_image: int | None = None,
+    gaps: Counter[str] | None = None,
 ) -> list[Picture]:
     """Pair pictures with their stripped captions, and with their ids where all have one.
 
+    Args:
+        paths: The pictures.
+        captions: Those of each picture.
+        source: The annotation file, for error messages.
+        ids: Id of each picture; None where the file has none.
+        captions_per_image: Take the first so many captions of a picture that have text; None for all.
+        gaps: Where given, captions that are empty or no text are left out and counted under `blank_captions`, pictures
+            without any caption under `pictures_without_captions`.
+
     Raises:
-        DataError: No picture, a picture or an id listed twice, a picture without captions, or a caption that is empty
-            or no text.
+        DataError: No picture, a picture or an id listed twice; without `gaps` also a picture without captions, or a
+            caption that is empty or no text.
     """
     if not paths:
         raise DataError(f"{source} lists no pictures; expected at least one.")
-    bare = [path.name for path, texts in zip(paths, captions, strict=True) if not texts]
-    if bare:
-        raise DataError(
-            f"{source} lists {len(bare):,} pictures without captions ({some(bare)}); add captions or leave them out."
-        )
     twice = [path.name for path, count in Counter(paths).items() if count > 1]
     if twice:
         raise DataError(f"{source} lists {len(twice):,} pictures more than once ({some(twice)}).")
-    blank = [
-        path.name
-        for path, texts in zip(paths, captions, strict=True)
-        if not all(isinstance(text, str) and text.strip() for text in texts)
-    ]
-    if blank:
-        raise DataError(f"{source} has captions that are empty or no text, for {some(blank)}; correct or remove them.")
     given = ids if ids is not None and all(isinstance(key, int) for key in ids) else [None] * len(paths)
     again = [key for key, count in Counter(given).items() if key is not None and count > 1]
     if again:
         raise DataError(f"{source} gives {len(again):,} ids to more than one picture ({some(again)}).")
-    rows = zip(paths, captions, given, strict=True)
-    return [Picture(p, tuple(text.strip() for text in texts), image_id=key) for p, texts, key in rows]
+    texts = [[text.strip() for text in row if isinstance(text, str) and text.strip()] for row in captions]
+    if gaps is None:
+        _check_no_gaps(paths, captions, texts, source)
+    else:
+        gaps["blank_captions"] += sum(map(len, captions)) - sum(map(len, texts))
+        gaps["pictures_without_captions"] += sum(not row for row in texts)
+    rows = zip(paths, texts, given, strict=True)
+    return [Picture(path, tuple(row[:captions_per_image]), image_id=key) for path, row, key in rows if row]
 
 
-def read_captioned_folder(folder: Path) -> list[Picture]:
+def _check_no_gaps(
+    paths: Sequence[Path], captions: Sequence[Sequence[Any]], texts: Sequence[Sequence[str]], source: Path
+) -> None:
+    """Insist on a caption for every picture, and on text in every caption.
+
+    Raises:
+        DataError: Says where there is none.
+    """
+    bare = [path.name for path, row in zip(paths, captions, strict=True) if not row]
+    if bare:
+        raise DataError(
+            f"{source} lists {len(bare):,} pictures without captions ({some(bare)}); add captions, or leave such "
+            "pictures out with --data.on_error skip."
+        )
+    blank = [path.name for path, row, kept in zip(paths, captions, texts, strict=True) if len(kept) < len(row)]
+    if blank:
+        raise DataError(
+            f"{source} has captions that are empty or no text, for {some(blank)}; correct them, or leave them out with "
+            "--data.on_error skip."
+        )
+
+
+def read_captioned_folder(folder: Path, gaps: Counter[str] | None = None) -> list[Picture]:
     """Read the captions of a folder whose layout is one of COCO's or Flickr's; empty where it has none.
 
     Train splits are preferred to others. Looked for, in this order: `annotations/captions_<split>.json` with pictures
     in `<split>/` or `images/`, a Karpathy split file, a caption table.
+
+    Args:
+        folder: The folder.
+        gaps: Counts what is left out; None leaves nothing out. See `with_captions`.
     """
     files = sorted(folder.glob("annotations/captions_*.json"))
     files = [path for path in files if "train" in path.name] or files
     sources = [(path, find_folder(folder, (path.stem.removeprefix("captions_"), "images"))) for path in files]
-    found = [picture for path, images in sources for picture in read_coco_captions(path, images)]
+    found = [picture for path, images in sources for picture in read_coco_captions(path, images, gaps=gaps)]
     karpathy = find_file(folder, KARPATHY_NAMES)
     if not found and karpathy:
         images = folder if karpathy.name == "dataset_coco.json" else find_flickr_images(folder)
-        found = read_karpathy(karpathy, images, KARPATHY_TRAIN)
+        found = read_karpathy(karpathy, images, KARPATHY_TRAIN, gaps=gaps)
     table = find_file(folder, TABLE_NAMES)
     if not found and table:
-        found = read_table(table, find_flickr_images(folder))
+        found = read_table(table, find_flickr_images(folder), gaps=gaps)
     return found
 
 

@@ -1,5 +1,6 @@
 """COCO captions: the Karpathy test split and val2017."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,25 +102,25 @@ class CocoCaptions(CaptionedDataModule):
     def read_evaluation(self) -> list[Picture]:
         """List the pictures of the preset with their captions."""
         if self.preset == "karpathy_test":
-            return self._karpathy({"test"})
+            return self._karpathy({"test"}, self.gaps)
         source = self.root / self.choice.annotations
-        return read_coco_captions(source, self.root / self.choice.images, self.captions_per_image)
+        return read_coco_captions(source, self.root / self.choice.images, self.captions_per_image, self.gaps)
 
     def read_train(self) -> list[Picture]:
         """List train pictures with their captions, as far as annotation files and folders are there."""
         if self.preset == "karpathy_test":
-            return self._karpathy(KARPATHY_TRAIN)
+            return self._karpathy(KARPATHY_TRAIN, self.gaps_elsewhere())
         sources = [(self.root / f"annotations/captions_{split}.json", self.root / split) for split in TRAIN_SPLITS]
         there = [(file, images) for file, images in sources if file.is_file() and images.is_dir()]
-        return read_coco_captions(*there[0]) if there else []
+        return read_coco_captions(*there[0], gaps=self.gaps_elsewhere()) if there else []
 
     def options(self) -> dict[str, Any]:
         """Add preset and captions per picture."""
         return {**super().options(), "preset": self.preset, "captions_per_image": self.captions_per_image}
 
-    def _karpathy(self, splits: set[str] | frozenset[str]) -> list[Picture]:
+    def _karpathy(self, splits: set[str] | frozenset[str], gaps: Counter[str] | None) -> list[Picture]:
         file = find_file(self.root, [self.choice.annotations]) or self.root / self.choice.annotations
-        return read_karpathy(file, self.root, splits, self.captions_per_image)
+        return read_karpathy(file, self.root, splits, self.captions_per_image, gaps)
 
 
 class CocoRetrieval(RetrievalDataModule, CocoCaptions):

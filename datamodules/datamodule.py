@@ -5,18 +5,27 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.calibration_split import choose_pictures, hold_out
 from datamodules.download import Archive, fetch
-from datamodules.images import EvaluationDataset, Picture, PictureDataset, are_files, usable_pictures
+from datamodules.images import (
+    EvaluationDataset,
+    Picture,
+    PictureDataset,
+    are_files,
+    describe_unread,
+    usable_pictures,
+)
 from datamodules.sampler import ShardSampler
 from lit_clipq.contracts import (
     CalibrationBatch,
@@ -27,6 +36,8 @@ from lit_clipq.contracts import (
     Preprocessing,
 )
 from lit_clipq.errors import ConfigError, DataError
+from lit_clipq.models.pictures import DECODING
+from lit_clipq.models.preprocessing import count_cut_texts
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +53,8 @@ class QuantDataModule(LightningDataModule, ABC):
         root: Folder of the data set.
         batch_size: Pictures, or texts, in a batch of one device.
         num_workers: Processes that decode pictures.
-        on_error: What a missing or damaged picture does: "raise" names it, "skip" leaves it and its captions out and
-            counts it.
+        on_error: What a missing or damaged picture does, a picture without captions and a blank caption or question:
+            "raise" names it, "skip" leaves it out and counts it.
         limit: Take the first N usable pictures only; a held-out slice comes out of these.
         calibration_root: Folder of other pictures to calibrate with: any folder of pictures, or a COCO or Flickr
             folder with captions.
@@ -90,6 +101,10 @@ class QuantDataModule(LightningDataModule, ABC):
         self._pool: list[Picture] = []
         self._held_out = 0
         self._skipped = 0
+        self.gaps: Counter[str] | None = Counter() if on_error == "skip" else None
+        """Captions and pictures that the annotation files give no text, left out; None where this is an error."""
+        self.unread: Counter[str] = Counter()
+        """Files of the evaluation that are no pictures, by suffix."""
 
     # What a data set says about itself
 
@@ -121,6 +136,10 @@ class QuantDataModule(LightningDataModule, ABC):
         """Options that change what is evaluated, for the fingerprint."""
         return {"on_error": self.on_error, "limit": self.limit}
 
+    def gaps_elsewhere(self) -> Counter[str] | None:
+        """Return where to count the gaps of what is not evaluated; None where they are an error."""
+        return None if self.gaps is None else Counter()
+
     # Lightning
 
     def prepare_data(self) -> None:
@@ -151,7 +170,12 @@ class QuantDataModule(LightningDataModule, ABC):
         if self.preprocessing is None:
             raise ConfigError("A data module needs `preprocessing`: set it before setup(), or run it in a Trainer.")
         self._require_files()
+        if self.gaps is not None:
+            self.gaps.clear()
+        self.unread.clear()
         listed = self.read_evaluation()
+        if self.unread:
+            logger.warning("files beside the pictures that are not read: %s", describe_unread(self.unread))
         if not listed:
             raise DataError(f"{type(self).__name__} finds no picture of its evaluation split listed in {self.root}.")
         pictures, self._skipped = usable_pictures(listed, self.on_error, self.limit)
@@ -223,7 +247,7 @@ class QuantDataModule(LightningDataModule, ABC):
         """Hash of everything that decides the float result: files (name, size, time), captions, labels, options."""
         digest = hashlib.sha256()
         header = {"data": type(self).__name__, "preprocessing": self.checked_preprocessing().fingerprint}
-        digest.update(json.dumps({**header, **self.options()}, sort_keys=True).encode())
+        digest.update(json.dumps({**header, "decoding": DECODING, **self.options()}, sort_keys=True).encode())
         for picture in self.pictures:
             status = os.stat(picture.path)
             row = (picture.path.name, status.st_size, status.st_mtime_ns, picture.captions, picture.label)
@@ -231,8 +255,28 @@ class QuantDataModule(LightningDataModule, ABC):
         return digest.hexdigest()
 
     def sample_counts(self) -> dict[str, int]:
-        """Return what is evaluated, what was skipped, and what left the evaluation for calibration."""
-        return {"images": len(self.pictures), "skipped": self._skipped, "calibration_held_out": self._held_out}
+        """Return what is there to evaluate, what was skipped, and what left the evaluation for calibration.
+
+        What may happen and did not, such as files that are not read, is left out.
+        """
+        counts = {"images": len(self.pictures), "skipped": self._skipped, "calibration_held_out": self._held_out}
+        happened = {**(self.gaps or {}), "files_not_read": self.unread.total()}
+        return {**counts, **{name: count for name, count in happened.items() if count}}
+
+    def cut_counts(self, texts: Sequence[str]) -> dict[str, int]:
+        """Return how many of the evaluated texts the model cuts, and at which length; empty where it cuts none."""
+        preprocessing = self.checked_preprocessing()
+        cut = count_cut_texts(preprocessing, texts)
+        found = {"texts": len(texts), "texts_cut": cut, "context_length": preprocessing.context_length}
+        return found if cut else {}
+
+    def batch_limit(self) -> int | float:
+        """Return the Trainer's limit on the batches of an evaluation: a number, or as float a share; 1.0 is all."""
+        if self.trainer is None:
+            return 1.0
+        testing = self.trainer.state.fn == TrainerFn.TESTING
+        limit: int | float = self.trainer.limit_test_batches if testing else self.trainer.limit_val_batches
+        return limit
 
     def checked_preprocessing(self) -> Preprocessing:
         """Return the preprocessing.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from datamodules.captioned import CaptionedDataModule
 from datamodules.captions import find_file, find_flickr_images, read_karpathy, read_lines, read_table
-from datamodules.images import Picture
+from datamodules.images import Picture, composed
 from datamodules.retrieval import RetrievalDataModule
 from lit_clipq.errors import ConfigError, DataError
 
@@ -67,16 +67,17 @@ class FlickrCaptions(CaptionedDataModule):
     def _read(self, test: bool) -> list[Picture]:
         karpathy, table, test_list = self._karpathy_file(), self._table(), self._test_list()
         images = find_flickr_images(self.root)
+        gaps = self.gaps if test else self.gaps_elsewhere()
         every_split = frozenset({"train", "restval", "val", "test"})
         if karpathy is not None:
             wanted = every_split if not self._needs_list() else frozenset({"test"}) if test else every_split - {"test"}
-            return read_karpathy(karpathy, images, wanted)
+            return read_karpathy(karpathy, images, wanted, gaps=gaps)
         if table is None:
             raise DataError(str(self.absent()))
         if not self._needs_list() or test_list is None:
-            return read_table(table, images)
-        names = frozenset(_names(test_list))
-        return read_table(table, images, names if test else _AllBut(names))
+            return read_table(table, images, gaps=gaps)
+        names = frozenset(map(composed, _names(test_list)))
+        return read_table(table, images, names if test else _AllBut(names), gaps)
 
     def _karpathy_file(self) -> Path | None:
         return find_file(self.root, [self.karpathy])

@@ -1,7 +1,8 @@
-"""ImageNetV2, ImageNet and other folders of classes, for zero-shot classification."""
+"""ImageNetV2, ImageNet and other folders of classes, for classification, zero-shot or supervised."""
 
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from datamodules.captions import find_folder, read_json
 from datamodules.datamodule import QuantDataModule, task_of
 from datamodules.download import IMAGENET_V2, Archive
-from datamodules.images import Picture, list_pictures
+from datamodules.images import Picture, by_composition, composed, describe_unread, list_pictures
 from lit_clipq.contracts import ClassData, OffersTemplates
 from lit_clipq.errors import ConfigError, DataError
 
@@ -74,10 +75,13 @@ class ClassificationDataModule(QuantDataModule):
         _, labels = self.read_classes()
         pictures = []
         for name, label in sorted(labels.items(), key=lambda item: item[1]):
-            found = list_pictures(self.evaluation_folder() / name)
+            others: Counter[str] = Counter()
+            found = list_pictures(self.evaluation_folder() / name, others)
+            self.unread.update(others)
             if not found and self.on_error == "raise":
+                told = f" (but files that are not read: {describe_unread(others)})" if others else ""
                 raise DataError(
-                    f"Class folder {self.evaluation_folder() / name} holds no pictures; fill or remove it, "
+                    f"Class folder {self.evaluation_folder() / name} holds no pictures{told}; fill or remove it, "
                     "or pass --data.on_error skip."
                 )
             pictures += [Picture(path, label=label) for path in found]
@@ -91,8 +95,13 @@ class ClassificationDataModule(QuantDataModule):
         """List all pictures below a calibration folder."""
         return [Picture(path) for path in list_pictures(folder)]
 
-    def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor:
-        """Return one tokenised prompt per picture; class and template are drawn by `seed` alone."""
+    def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:
+        """Return one tokenised prompt per picture; class and template are drawn by `seed` alone.
+
+        A task that offers no templates reads no texts: then there are none.
+        """
+        if self.templates is not None and not self.templates:
+            return None
         templates = self.templates or ["a photo of a {}."]
         generator = torch.Generator().manual_seed(seed)
         classes = torch.randint(len(self.class_names), (len(pictures),), generator=generator).tolist()
@@ -216,10 +225,12 @@ class ImageFolderClassification(ClassificationDataModule):
                 f"{folder} has the folder {odd!r}, which is no ImageNet wnid (n01440764); name the folders by wnid, or "
                 f"put {folder / 'classes.json'} there: {{folder: class name}}."
             )
-        unknown = [name for name in folders if name not in labels]
+        known = by_composition(labels)  # a file system may decompose the letters of a folder's name
+        found = {name: known.get(name, known.get(composed(name))) for name in folders}
+        unknown = [name for name, key in found.items() if key is None]
         if unknown:
             raise DataError(f"{folder} has {len(unknown)} folders that are no class of {file}, e.g. {unknown[0]!r}.")
-        return names, {name: labels[name] for name in folders}
+        return names, {name: labels[key] for name, key in found.items() if key is not None}
 
     def read_train(self) -> list[Picture]:
         """List the pictures of `train` beside `val`, without their labels."""

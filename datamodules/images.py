@@ -1,8 +1,10 @@
 """Pictures on disk: which are there, which are whole, which names stay inside their folder."""
 
 import hashlib
+import logging
 import os
-from collections import defaultdict
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +15,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_clipq.errors import DataError
+from lit_clipq.models.pictures import absence, damage, load_rgb, picture_suffixes
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+logger = logging.getLogger(__name__)
+
 VERIFY_CHUNK = 512
+TEXT_SUFFIXES = frozenset({".csv", ".html", ".json", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"})
+"""Of files beside pictures that are surely none."""
 
 
 @dataclass(frozen=True)
@@ -78,32 +83,6 @@ class EvaluationDataset(Dataset):
         return sample
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """Decode a whole picture as RGB.
-
-    Raises:
-        DataError: The file is missing, truncated or no picture.
-    """
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except DECODE_ERRORS as error:
-        raise DataError(f"Picture {path} cannot be decoded ({error}); replace the file.") from error
-
-
-def damage(path: Path) -> str | None:
-    """Say what is wrong with a picture, or None. JPEGs are decoded at 1/8 of their size, which reads every byte."""
-    try:
-        with Image.open(path) as picture:
-            picture.draft("RGB", (1, 1))
-            picture.load()
-    except FileNotFoundError:
-        return "is missing"
-    except DECODE_ERRORS as error:
-        return f"cannot be decoded ({error})"
-    return None
-
-
 def list_folder(folder: Path) -> dict[str, os.DirEntry]:
     """Return the entries of a folder by name; empty where there is no such folder."""
     try:
@@ -125,17 +104,38 @@ def are_files(paths: Iterable[Path]) -> list[bool]:
     return found
 
 
-def list_pictures(folder: Path) -> list[Path]:
+def list_pictures(folder: Path, unread: Counter[str] | None = None) -> list[Path]:
     """Return all pictures below a folder, sorted by path. Hidden files and folders are passed over.
+
+    Args:
+        folder: Where to look.
+        unread: Counts the files that are no pictures by their suffix; without it those that may be pictures are told in
+            a warning.
 
     Raises:
         DataError: A folder that cannot be read.
     """
     found: list[Path] = []
+    others: Counter[str] = Counter()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in names if is_picture_name(name)]
+        others.update(_kind(name) for name in names if not name.startswith(".") and not is_picture_name(name))
+    if unread is not None:
+        unread.update(others)
+    elif doubtful := Counter({kind: count for kind, count in others.items() if kind not in TEXT_SUFFIXES}):
+        logger.warning("files in %s that are not read: %s", folder, describe_unread(doubtful))
     return sorted(found)
+
+
+def describe_unread(unread: Counter[str]) -> str:
+    """Return suffixes with their counts, the most frequent first, as in ".heic 3, .txt 1"."""
+    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{suffix} {count:,}" for suffix, count in ordered[:6]) + (", ..." if len(ordered) > 6 else "")
+
+
+def _kind(name: str) -> str:
+    return Path(name).suffix.lower() or "(no suffix)"
 
 
 def _refuse(error: OSError) -> None:
@@ -150,11 +150,14 @@ def is_picture_name(name: str) -> bool:
         >>> is_picture_name("dog.JPEG"), is_picture_name(".dog.jpg"), is_picture_name("dog.txt")
         (True, False, False)
     """
-    return not name.startswith(".") and Path(name).suffix.lower() in PICTURE_SUFFIXES
+    return not name.startswith(".") and Path(name).suffix.lower() in picture_suffixes()
 
 
 def paths_inside(folder: Path, names: Iterable[str], source: Path) -> list[Path]:
     """Join file names from an annotation file to the folder they belong to. The files need not exist.
+
+    A file may be a link to anywhere, as in the caches of the Hugging Face hub, DVC and git-annex. Names that differ
+    from those on disk only in how Unicode composes a letter (NFC, NFD) are taken for the same.
 
     Args:
         folder: Folder of the pictures.
@@ -162,25 +165,52 @@ def paths_inside(folder: Path, names: Iterable[str], source: Path) -> list[Path]
         source: The annotation file, for error messages.
 
     Raises:
-        DataError: A name is absolute, contains "..", or is a symbolic link out of `folder`.
+        DataError: A name is absolute, contains "..", or leads through a folder that is a link out of `folder`.
     """
     root = folder.resolve()
-    listings: dict[str, dict[str, os.DirEntry]] = {}
+    found = _Names()
+    parents: dict[str, Path] = {}
     paths = []
     for name in names:
         if not is_plain_relative(name):
             raise DataError(f"{source} names the picture {name!r}, which leaves {folder}; expected a name inside it.")
         parent, _, leaf = name.rpartition("/")
-        if parent not in listings:
-            inside = (folder / parent).resolve().is_relative_to(root)
-            if not inside:
+        if parent not in parents:
+            parents[parent] = found.below(folder, parent)
+            if not parents[parent].resolve().is_relative_to(root):
                 raise DataError(f"{source} names the picture {name!r}, but {folder / parent} links out of {folder}.")
-            listings[parent] = list_folder(folder / parent)
-        entry = listings[parent].get(leaf)
-        if entry is not None and entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
-            raise DataError(f"{source} names the picture {name!r}, but {entry.path} is a link out of {folder}.")
-        paths.append(folder / name)
+        paths.append(found.below(parents[parent], leaf))
     return paths
+
+
+class _Names:
+    """Names on disk, by any way to compose their letters; each folder is listed once."""
+
+    def __init__(self) -> None:
+        self._listings: dict[Path, dict[str, str]] = {}
+
+    def below(self, folder: Path, name: str) -> Path:
+        """Join a name with forward slashes; a part that is not there is joined as it is."""
+        for part in filter(None, name.split("/")):
+            folder = folder / part if part.isascii() else folder / self._on_disk(folder, part)
+        return folder
+
+    def _on_disk(self, folder: Path, name: str) -> str:
+        if folder not in self._listings:
+            self._listings[folder] = by_composition(sorted(list_folder(folder)))
+        listing = self._listings[folder]
+        return listing.get(name, listing.get(composed(name), name))
+
+
+def composed(name: str) -> str:
+    """Return a name with its letters composed (NFC), as most programs write them."""
+    return unicodedata.normalize("NFC", name)
+
+
+def by_composition(names: Iterable[str]) -> dict[str, str]:
+    """Map names, as they are and composed, to the names; what is there exactly as written wins."""
+    names = list(names)
+    return {**{composed(name): name for name in names}, **{name: name for name in names}}
 
 
 def is_plain_relative(name: str) -> bool:
@@ -224,7 +254,7 @@ def usable_pictures(pictures: Sequence[Picture], on_error: str, limit: int | Non
 
 def _insist(pictures: Sequence[Picture]) -> list[Picture]:
     present = are_files(picture.path for picture in pictures)
-    missing = [(p.path, "is missing") for p, there in zip(pictures, present, strict=True) if not there]
+    missing = [(p.path, absence(p.path)) for p, there in zip(pictures, present, strict=True) if not there]
     problems = missing or [(p.path, why) for p, why in zip(pictures, _damages(pictures, present), strict=True) if why]
     if problems:
         raise _unusable(problems, len(pictures))
@@ -250,7 +280,7 @@ def _select(pictures: Sequence[Picture], limit: int) -> tuple[list[Picture], int
 def _damages(pictures: Sequence[Picture], present: Sequence[bool]) -> list[str | None]:
     """What is wrong with each picture, or None; files known to be absent are not opened."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda p, there: damage(p.path) if there else "is missing", pictures, present))
+        return list(pool.map(lambda p, there: damage(p.path) if there else absence(p.path), pictures, present))
 
 
 def _unusable(problems: Sequence[tuple[Path, str]], listed: int) -> DataError:

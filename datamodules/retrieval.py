@@ -1,12 +1,17 @@
 """Image-text retrieval: pictures in one loader, distinct captions in another, and who belongs to whom."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.captioned import CaptionedDataModule
+from datamodules.images import EvaluationDataset, Picture
+from datamodules.sampler import shard
+from lit_clipq.contracts import Preprocessing
 from lit_clipq.errors import DataError
 
 
@@ -45,9 +50,14 @@ class CaptionDataset(Dataset):
 
 
 class RetrievalDataModule(CaptionedDataModule):
-    """Two evaluation loaders: 0 yields pictures, 1 yields distinct captions sorted by length, with their pairs."""
+    """Two evaluation loaders: 0 yields pictures, 1 yields distinct captions sorted by length, with their pairs.
+
+    Under a limit on the batches there is one loader, whose batches bring pictures with all of their captions: a limit
+    evaluates the pictures of so many batches, among themselves.
+    """
 
     captions: CaptionDataset | None = None
+    _cut: Mapping[str, int] = MappingProxyType({})
 
     def setup(self, stage: str | None = None) -> None:
         """Check the pictures and tokenise each distinct caption once.
@@ -57,23 +67,87 @@ class RetrievalDataModule(CaptionedDataModule):
         """
         super().setup(stage)
         if self.captions is None:
-            owners: dict[str, list[int]] = {}
-            for index, picture in enumerate(self.pictures):
-                for caption in picture.captions:
-                    owners.setdefault(caption, []).append(index)
+            owners = self._owners(range(len(self.pictures)))
             tokens = self.checked_preprocessing().tokenizer(list(owners))
             self.captions = CaptionDataset(tokens, token_lengths(tokens), list(owners.values()))
+            self._cut = self.cut_counts([caption for picture in self.pictures for caption in picture.captions])
 
     def val_dataloader(self) -> list[DataLoader]:
-        """Return the loader of the pictures and the loader of the captions."""
+        """Return the loader of the pictures and that of the captions, or under a limit one of both."""
         if self.captions is None:
             raise DataError("Call setup() of the data module before its loaders.")
+        limit = self.batch_limit()
+        if isinstance(limit, int) or limit < 1:
+            data = self._within(limit)
+            return [self.loader(data, collate_fn=data.collate)]
         texts = self.loader(self.captions, workers=0, collate_fn=self.captions.collate)
         return [super().val_dataloader(), texts]
 
+    def _owners(self, indices: Iterable[int]) -> dict[str, list[int]]:
+        """Distinct captions of some pictures, each with the indices of its pictures, one entry per caption."""
+        owners: dict[str, list[int]] = {}
+        for index in indices:
+            for caption in self.pictures[index].captions:
+                owners.setdefault(caption, []).append(index)
+        return owners
+
+    def _within(self, limit: int | float) -> "CaptionedPictures":
+        processes = shard()[1]
+        evaluated = set()
+        for rank in range(processes):
+            own = range(rank, len(self.pictures), processes)
+            batches = -(-len(own) // self.batch_size)
+            evaluated |= set(own[: (limit if isinstance(limit, int) else int(batches * limit)) * self.batch_size])
+        owners = self._owners(sorted(evaluated))
+        data = EvaluationDataset(self.pictures, self.checked_preprocessing().image)
+        return CaptionedPictures(data, self.pictures, owners, self.checked_preprocessing())
+
     def sample_counts(self) -> dict[str, int]:
-        """Return the counts of pictures, captions and distinct captions."""
-        return {**super().sample_counts(), "distinct_captions": 0 if self.captions is None else len(self.captions)}
+        """Return the counts of pictures, captions, distinct captions and captions that are cut."""
+        distinct = 0 if self.captions is None else len(self.captions)
+        return {**super().sample_counts(), "distinct_captions": distinct, **self._cut}
+
+
+class CaptionedPictures(Dataset):
+    """Pictures, collated with their distinct captions and the pairs of these.
+
+    Args:
+        data: The pictures.
+        pictures: Their captions, in the same order.
+        owners: For each distinct caption the pictures that are evaluated and have it, one entry per caption.
+        preprocessing: Of the model.
+    """
+
+    def __init__(
+        self,
+        data: EvaluationDataset,
+        pictures: Sequence[Picture],
+        owners: Mapping[str, Sequence[int]],
+        preprocessing: Preprocessing,
+    ) -> None:
+        self.data = data
+        self.pictures = pictures
+        self.owners = owners
+        self.ids = {caption: index for index, caption in enumerate(owners)}
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        return self.data[index]
+
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Batch pictures (B, 3, H, W) with ids (B,), texts (T, L) with ids (T,), rows (text id, picture id) (P, 2)."""
+        indices = [sample["image_ids"] for sample in samples]
+        texts = list(dict.fromkeys(caption for index in indices for caption in self.pictures[index].captions))
+        return {
+            "images": torch.stack([sample["images"] for sample in samples]),
+            "image_ids": torch.tensor(indices, dtype=torch.int64),
+            "texts": self.preprocessing.tokenizer(texts),
+            "text_ids": torch.tensor([self.ids[text] for text in texts], dtype=torch.int64),
+            "pairs": torch.tensor([[self.ids[text], owner] for text in texts for owner in self.owners[text]]),
+        }
 
 
 def token_lengths(tokens: Tensor) -> Tensor:

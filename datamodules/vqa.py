@@ -25,12 +25,13 @@ from datamodules.download import (
     VQA_VAL_QUESTIONS,
     Archive,
 )
-from datamodules.images import Picture, PictureDataset, list_pictures, load_rgb, usable_pictures
+from datamodules.images import Picture, PictureDataset, list_pictures, usable_pictures
 from datamodules.sampler import ResumableLoader, ShuffledBatches, shard
 from datamodules.vqa_files import Question, read_questions
 from lit_clipq.contracts import AskedQuestion, Collator, OffersWords, Preprocessing, QuestionData, Split, TrainingData
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional import AnswerVocabulary
+from lit_clipq.models.pictures import load_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class VQADataModule(QuantDataModule):
         self._train_pictures: list[Picture] = []
         self._train_skipped = 0
         self._read: dict[str, list[Question]] = {}
+        self._cut: dict[str, int] = {}
 
     # What a data set says about itself
 
@@ -115,7 +117,7 @@ class VQADataModule(QuantDataModule):
 
     def read_folder(self, folder: Path) -> list[Picture]:
         """List the pictures of a calibration folder, with captions where its layout is one of COCO's or Flickr's."""
-        return read_captioned_folder(folder) or [Picture(path) for path in list_pictures(folder)]
+        return read_captioned_folder(folder, self.gaps_elsewhere()) or [Picture(path) for path in list_pictures(folder)]
 
     def calibration_texts(self, pictures: Sequence[Picture], seed: int) -> Tensor | None:  # noqa: ARG002
         """Return the tokens of a question about each picture, or None where calibration pictures have no texts."""
@@ -144,6 +146,7 @@ class VQADataModule(QuantDataModule):
             self._answers = self.count_answers() if saved is None else AnswerVocabulary.load(saved)
             self.val_questions = self._about("val", self.pictures)
             self._log_coverage("val", self.val_questions)
+            self._cut = self.cut_counts([question.text for question in self.val_questions])
         if stage in (None, TrainerFn.FITTING) and not self._train_pictures:
             listed = self._listed("train")
             self._train_pictures, self._train_skipped = usable_pictures(listed, self.on_error, self.train_limit)
@@ -235,8 +238,8 @@ class VQADataModule(QuantDataModule):
         return loader
 
     def sample_counts(self) -> dict[str, int]:
-        """Return the counts of pictures, of questions, of answers to choose from, and of what these do not reach."""
-        return {**super().sample_counts(), **self._reach(self.val_questions)}
+        """Return the counts of pictures, questions and answers to choose from, of what is out of reach or cut."""
+        return {**super().sample_counts(), **self._reach(self.val_questions), **self._cut}
 
     def training_counts(self) -> dict[str, int]:
         """Return the same of the training split, after `setup("fit")`."""
@@ -394,7 +397,9 @@ class VQAv2(VQADataModule):
     def read_split(self, split: str) -> list[Question]:
         """Read the questions of a split; empty where its files are absent."""
         questions, annotations = (self._file(name) for name, _ in FILES[split])
-        return [] if questions is None or annotations is None else read_questions(questions, annotations)
+        if questions is None or annotations is None:
+            return []
+        return read_questions(questions, annotations, self.gaps if split == "val" else self.gaps_elsewhere())
 
     def picture_paths(self, split: str, image_ids: Sequence[int]) -> list[Path]:
         """Return COCO's file of each picture."""

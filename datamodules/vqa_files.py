@@ -31,20 +31,21 @@ class Question:
     """The most common answer, as the file states it (`multiple_choice_answer`)."""
 
 
-def read_questions(questions: Path, annotations: Path) -> list[Question]:
+def read_questions(questions: Path, annotations: Path, gaps: Counter[str] | None = None) -> list[Question]:
     """Read a question file and the annotation file that belongs to it.
 
     Args:
         questions: JSON with `questions` (question_id, image_id, question), bare, as .gz, or in a .zip.
         annotations: JSON with `annotations` (question_id, image_id, answers, answer_type, question_type,
             multiple_choice_answer), likewise.
+        gaps: Where given, questions without text are left out and counted under `blank_questions`.
 
     Returns:
         Questions in the order of the question file.
 
     Raises:
         DataError: Malformed or truncated files, ids that are there twice, questions without annotations, annotations
-            without a question, or the two naming different pictures.
+            without a question, or the two naming different pictures; without `gaps` also a question without text.
     """
     asked = _rows(questions, "questions")
     answered = _by_id(annotations, _rows(annotations, "annotations"))
@@ -56,9 +57,18 @@ def read_questions(questions: Path, annotations: Path) -> list[Question]:
         raise DataError(
             f"{questions} and {annotations} are not in VQA v2 format ({error!r} in `questions` or `annotations`)."
         ) from error
-    if not found:
+    kept = [question for question in found if question.text]
+    blank = [question.question_id for question in found if not question.text]
+    if gaps is not None:
+        gaps["blank_questions"] += len(blank)
+    elif blank:
+        raise DataError(
+            f"{questions} has {len(blank):,} questions without text (question_id {_some_ids(blank)}); correct them, or "
+            "leave them out with --data.on_error skip."
+        )
+    if not kept:
         raise DataError(f"{questions} lists no questions; expected at least one.")
-    return found
+    return kept
 
 
 def _question(asked: Mapping[str, Any], answered: Mapping[str, Any]) -> Question:

@@ -21,7 +21,10 @@ from lit_clipq.analysis.comparison import comparison_table, map_table
 from lit_clipq.api import QuantizationReport
 from lit_clipq.contracts import TrainingData
 from lit_clipq.errors import ConfigError, LitClipqError
-from lit_clipq.trainer import QuantTrainer
+from lit_clipq.trainer import QuantTrainer, spawning_refused
+
+SPAWNING = re.compile(r"spawn|fork|notebook")
+"""What the names of strategies have in them that start their workers out of the running process."""
 
 
 class Parser(LightningArgumentParser):
@@ -79,6 +82,9 @@ class ClipQuantCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
             raise ConfigError(f"a configuration file is not UTF-8 text ({error}); give YAML") from error
+        strategy = self.config[self.config.subcommand].trainer.get("strategy")
+        if isinstance(strategy, str) and SPAWNING.search(strategy):
+            raise ConfigError(spawning_refused(strategy))  # before model and data are made
         options = self.config[self.config.subcommand].get("quantize")
         if options is not None and options.load is not None:
             given = {str(arg).partition("=")[0] for arg in args}
@@ -104,7 +110,7 @@ class ClipQuantCLI(LightningCLI):
         if not trainer.is_global_zero or not isinstance(self.datamodule, TrainingData):
             return
         counts = [f"{count:,} {name.replace('_', ' ')}" for name, count in self.datamodule.training_counts().items()]
-        lines = [f"trained on {', '.join(counts)}"]
+        lines = [f"trained on {', '.join(counts)}{_limited(trainer)}"]
         reached = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("train_")}
         if reached:
             told = [f"{name} {100 * value:.2f} %" for name, value in reached.items()]
@@ -225,6 +231,12 @@ def _refuse_method_with_width(name: str, known: Sequence[str]) -> None:
             f"there is no configuration file {name!r}: method and width are overlays of their own; give "
             + " ".join(f"--config {overlay}" for overlay in overlays)
         )
+
+
+def _limited(trainer: QuantTrainer) -> str:
+    """Say how much of the training data an epoch has seen, where it was not all."""
+    seen, there = trainer.num_training_batches, len(trainer.train_dataloader or ())
+    return f", of which an epoch saw {seen:,} of {there:,} batches" if seen < there else ""
 
 
 def console() -> Console:

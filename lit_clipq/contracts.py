@@ -42,8 +42,8 @@ class Preprocessing(Protocol):
         """Turns a picture into float32 (3, H, W)."""
 
     @property
-    def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """Turns n texts into int64 (n, context length)."""
+    def tokenizer(self) -> Callable[..., Tensor]:
+        """Turns n texts into int64 (n, context length); a second argument `context_length` gives another length."""
 
     @property
     def context_length(self) -> int:

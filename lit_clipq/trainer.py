@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import distributed as dist
 
 from lit_clipq.analysis.caption_run import CaptionFiles, digest_of
@@ -21,8 +21,9 @@ from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
+from lit_clipq.checkpoint.training import check_training_checkpoint
 from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, require
-from lit_clipq.errors import ConfigError, ModelError
+from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
@@ -30,7 +31,7 @@ from lit_clipq.recipes import Recipe, name_of
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
-_MEASUREMENT_FORMAT = 2  # of remembered measurements
+_MEASUREMENT_FORMAT = 3  # of remembered measurements
 _PACKAGES = ("lit-clipq", "torch", "torchvision", "lightning", "open_clip_torch", "torchmetrics", "timm")
 
 
@@ -58,6 +59,7 @@ class QuantTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        _check_launcher(self.strategy)
         self.results = results
         self.resume = resume
         self.float_cache = float_cache
@@ -84,7 +86,7 @@ class QuantTrainer(Trainer):
             ckpt_path: Checkpoint to continue from.
             weights_only: Whether loading the checkpoint refuses pickled objects.
         """
-        _check_checkpoint(ckpt_path, weights_only)
+        check_training_checkpoint(ckpt_path, weights_only)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def validate(  # type: ignore[override]
@@ -109,6 +111,7 @@ class QuantTrainer(Trainer):
         Returns:
             Metrics of the last pass, one dictionary a loader, as Lightning returns them.
         """
+        _check_limit("limit_val_batches", self.limit_val_batches)
         return self._compare(super().validate, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def test(  # type: ignore[override]
@@ -133,6 +136,7 @@ class QuantTrainer(Trainer):
         Returns:
             Metrics of the last pass, one dictionary a loader, as Lightning returns them.
         """
+        _check_limit("limit_test_batches", self.limit_test_batches)
         return self._compare(super().test, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def _compare(
@@ -145,7 +149,7 @@ class QuantTrainer(Trainer):
         datamodule: LightningDataModule | None,
         weights_only: bool | None,
     ) -> Any:
-        _check_checkpoint(ckpt_path, weights_only)
+        check_training_checkpoint(ckpt_path, weights_only)
         callback = self._quantizing()
         if callback is not None and callback.active and model is not None:
             require(model, MeasuredTask)
@@ -334,27 +338,37 @@ def _check_writable(path: Path) -> None:
         raise ConfigError(f"results cannot be written to {path}: {error}; give another --results") from error
 
 
-def _check_checkpoint(path: str | Path | None, weights_only: bool | None) -> None:
-    """Refuse a checkpoint that cannot be read, before data is prepared and features are computed.
+def _check_launcher(strategy: Any) -> None:
+    """Refuse workers that are spawned or forked out of this process.
+
+    The result of an evaluation is this Trainer's, and what such a worker measures never comes back to it.
 
     Raises:
-        ConfigError: There is no such file.
-        ModelError: It is damaged, or no checkpoint.
+        ConfigError: The strategy starts its processes that way.
     """
-    if path is None or path in ("best", "last", "hpc") or str(path).startswith("registry") or "://" in str(path):
-        return  # Lightning finds these
-    file = Path(path)
-    if file.is_dir():
-        return  # a sharded one; where a single file is needed, reading it says so
-    if not file.exists():
-        raise ConfigError(f"the checkpoint {path} does not exist; give --ckpt_path a file that `lightning fit` wrote")
-    try:
-        torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=weights_only is not False)
-    except Exception as error:
-        told = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ModelError(
-            f"the checkpoint {path} cannot be read ({told}); it was cut short or is none; give --ckpt_path another"
-        ) from error
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(spawning_refused(f"of type {type(strategy).__name__}"))
+
+
+def spawning_refused(strategy: str) -> str:
+    """Say why a strategy that spawns or forks its workers is refused, and what to use."""
+    return (
+        f"--trainer.strategy {strategy} spawns or forks its workers, whose results do not come back; give ddp, which "
+        "starts the program once for each device, or use torchrun"
+    )
+
+
+def _check_limit(name: str, limit: int | float) -> None:
+    """Refuse an evaluation of nothing.
+
+    Raises:
+        ConfigError: The limit on its batches is 0.
+    """
+    if limit == 0:
+        raise ConfigError(
+            f"--trainer.{name} 0 leaves nothing to evaluate; give 1 or more batches, a share between 0 and 1, or leave "
+            "it out"
+        )
 
 
 def _jsonable(options: dict[str, Any]) -> dict[str, Any]:

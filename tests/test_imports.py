@@ -18,6 +18,7 @@ ALLOWED = {
     "lit_clipq.distributed": set(),
     "lit_clipq.nn": {"lit_clipq.functional"},
     "lit_clipq.mini": set(),
+    "lit_clipq.inputs": {"lit_clipq.nn"},
     "lit_clipq.models": {"lit_clipq.nn.matmul", "lit_clipq.nn.attention", "lit_clipq.mini"},
     "lit_clipq.zerocap": {"lit_clipq.models", "lit_clipq.nn", "lit_clipq.mini"},
     "lit_clipq.calibration": {"lit_clipq.functional", "lit_clipq.nn", "lit_clipq.distributed", "lit_clipq.search"},

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_clipq.errors import DataError
+from lit_clipq.models.pictures import load_rgb
 from lit_clipq.paths import write_whole
 
 logger = logging.getLogger(__name__)
@@ -109,16 +111,13 @@ def _score(value: float | None) -> str:
 
 def _picture(path: Path, side: int) -> str:
     """Return the picture as an element with its content inside; its name where it cannot be read."""
-    from PIL import Image
-
     name = html.escape(path.name)
     try:
-        with Image.open(path) as picture:
-            small = picture.convert("RGB")
-            small.thumbnail((side, side))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        logger.warning("the page of captions leaves out %s: %s", path, error)
+        small = load_rgb(path)
+    except DataError as error:
+        logger.warning("the page of captions leaves a picture out: %s", error)
         return f"<em>{name} cannot be read</em>"
+    small.thumbnail((side, side))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=85)
     content = base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lit_clipq.analysis.counts import describe_counts
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import write_whole
 
@@ -91,9 +92,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def comparison_table(result: Comparison) -> RenderableType:
     """Render float | quantized | difference of every metric in percent, then size, time and coverage."""
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result.samples.items())
     method = _method(result)
-    table = Table(title=f"{result.task} · {result.model} · {method}", title_justify="left", caption=f"N: {counts}")
+    caption = f"N: {describe_counts(result.samples)}"
+    table = Table(title=f"{result.task} · {result.model} · {method}", title_justify="left", caption=caption)
     table.caption_justify = "left"
     for name, justify in (("", "left"), ("float", "right"), ("quantized", "right"), ("difference", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]

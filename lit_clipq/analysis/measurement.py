@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lit_clipq.analysis.counts import evaluated_counts
 from lit_clipq.contracts import CaptioningTask, CountedData, MeasuredTask
 from lit_clipq.nn.size import stored_bytes
 
@@ -43,7 +44,8 @@ class Measurement:
             task: Evaluated.
             data: What it was evaluated on; its counts are added where it has any.
         """
-        counts = {**task.sample_counts(), **(data.sample_counts() if isinstance(data, CountedData) else {})}
+        listed = data.sample_counts() if isinstance(data, CountedData) else {}
+        counts = evaluated_counts(task.sample_counts(), listed)
         scores = {
             name: Scores(s.values.double().tolist(), s.clusters.tolist()) for name, s in task.sample_scores().items()
         }

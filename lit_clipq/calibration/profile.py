@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from lit_clipq.calibration.operators import OperatorCount
 from lit_clipq.nn.swap import Layer
 
 
@@ -29,8 +29,9 @@ def profile(
 ) -> Profile:
     """Measure one batch.
 
-    Products that run outside of the given layers (an attention nobody could take apart, a product of bare parameters)
-    are found as the difference to torch's own operator count.
+    Products that run outside of the given layers (an attention nobody could take apart, a product of bare parameters, a
+    layer whose weight another module reads instead of calling it) are found as the difference to the count of all
+    operators. A layer that the batch does not reach has no entry.
 
     Args:
         roots: Named networks.
@@ -40,18 +41,13 @@ def profile(
         samples: Samples in it.
     """
     result = Profile()
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused kernel of nn.MultiheadAttention counts as nothing
-    try:
-        with _count_calls(layers, result), FlopCounterMode(display=False) as counter, torch.no_grad():
-            forward(batch)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with _count_calls(layers, result), torch.no_grad(), OperatorCount() as counter:
+        forward(batch)
     for counts in (result.macs, result.input_elements, result.output_elements):
         for name in counts:
             counts[name] /= samples
-    rest = counter.get_total_flops() / 2 / samples - sum(result.macs.values())
-    if rest > 1e-3 * sum(result.macs.values()):
+    rest = counter.macs / samples - sum(result.macs.values())
+    if rest > 1e-6 * counter.macs / samples:  # more than what division rounds
         result.macs[f"{'+'.join(roots)} (products outside of layers)"] = rest
     return result
 

@@ -1,5 +1,6 @@
 """Agreement of captions with references: CIDEr-D, BLEU and ROUGE-L as the official COCO scorer computes them."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from lit_clipq.metrics.functional.overlap import corpus_bleu, rouge_l
 from lit_clipq.metrics.functional.ptb import ptb_tokens
 from lit_clipq.metrics.functional.scores import SampleScores
 from lit_clipq.metrics.keyed import Evaluation, SampleKeyedMetric
+
+logger = logging.getLogger(__name__)
 
 
 class CIDEr(SampleKeyedMetric):
@@ -88,6 +91,11 @@ class CIDEr(SampleKeyedMetric):
         by_id = self._distinct()
         tokens = [[ptb_tokens(text) for text in by_id[key]] for key in by_id]
         captions, references = [texts[0] for texts in tokens], [texts[1:] for texts in tokens]
+        if len(by_id) == 1:
+            logger.warning(
+                "CIDEr-D of a single picture is 0 whatever its caption says: an n-gram weighs log(N / pictures whose "
+                "references have it), which is log 1 for N = 1; evaluate more pictures"
+            )
         clusters = torch.tensor(list(by_id), dtype=torch.int64)
         scores = {
             "cider": SampleScores(cider_d(captions, references), clusters),

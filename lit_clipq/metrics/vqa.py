@@ -116,7 +116,10 @@ class VQAAccuracy(SampleKeyedMetric):
         scores = {"vqa_accuracy": SampleScores(values, clusters)}
         for name, members in _by_type(types[distinct.first]).items():
             scores[f"vqa_accuracy_{name}"] = SampleScores(values[members], clusters[members])
-        return Evaluation(scores, {"questions": len(values)})
+        counts = {"questions": len(values)}
+        if not bool(unknown.all()):
+            counts["images"] = len(torch.unique(clusters))
+        return Evaluation(scores, counts)
 
 
 def _checked(name: str, ids: Tensor, count: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from lit_clipq.errors import ModelError
 from lit_clipq.models.attention.parts import qualified_name
+from lit_clipq.models.ordinary import leave_inference_mode
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def fold_batchnorm(model: nn.Module) -> int:
     Raises:
         ModelError: Where a BatchNorm to fold is in train mode or has non-finite statistics.
     """
+    leave_inference_mode(model)
     folded = 0
     for path, parent in list(model.named_modules()):
         for conv, owner, name in list(_pairs(parent)):

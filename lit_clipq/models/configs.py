@@ -1,10 +1,9 @@
 """From a model's name to its open_clip configuration, and from that to a model with random weights."""
 
 import difflib
-import json
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,11 @@ import torch
 from torch import nn
 
 from lit_clipq.errors import ModelError
+from lit_clipq.models.snapshot import OPEN_CLIP_CONFIG, TRANSFORMERS_CONFIG, hub_folder, read_json_file
 
 MINI_NAMES = ("mini-vit", "mini-resnet", "mini-vit-outlier", "mini-resnet-outlier")
+HUB_PREFIX, FOLDER_PREFIX = "hf-hub:", "local-dir:"
+PREPROCESSING_KEYS = ("mean", "std", "interpolation", "resize_mode")
 PRECISIONS = ("fp32", "fp16", "bf16", "pure_fp16", "pure_bf16")
 
 
@@ -26,12 +28,14 @@ class ModelConfig:
         published: Name in open_clip's tables of weights; None for a configuration file.
         model: Keyword arguments of the model class (`embed_dim`, `vision_cfg`, `text_cfg`, ...).
         preprocess: Overrides of open_clip's default preprocessing.
+        folder: Folder of a name that stands for a snapshot with weights; None for any other.
     """
 
     name: str
     published: str | None
     model: dict[str, Any]
     preprocess: dict[str, Any]
+    folder: Path | None = None
 
     @property
     def quick_gelu(self) -> bool:
@@ -46,39 +50,73 @@ def close_matches(word: str, known: Iterable[str]) -> str:
     return ", ".join(by_lower[name] for name in found) or "none"
 
 
-def resolve_config(name: str, *, force_quick_gelu: bool = False) -> ModelConfig:
-    """Find the configuration of a model; touches no network.
+def resolve_config(name: str, *, quick_gelu: bool | None = None) -> ModelConfig:
+    """Find the configuration of a model; touches no network but for a name of the hub.
 
     Args:
-        name: open_clip name, path of an open_clip configuration JSON (bare or in the hub's form with `model_cfg` and
-            `preprocess_cfg`), or the name of a mini model.
-        force_quick_gelu: Use QuickGELU whatever the configuration says.
+        name: open_clip name; path of an open_clip configuration JSON (bare or in the hub's form with `model_cfg` and
+            `preprocess_cfg`); a folder with such an `open_clip_config.json`, as its path or as `local-dir:FOLDER`;
+            `hf-hub:OWNER/NAME`, with `@REVISION` if wanted; or the name of a mini model.
+        quick_gelu: Whether the towers use QuickGELU, whatever the configuration says; None leaves it to that.
 
     Returns:
         The configuration, with `tokenizer_kwargs.bpe_path` absolute.
 
     Raises:
-        ModelError: For an unknown name or an unusable file.
+        ModelError: For an unknown name, an unusable file or folder, or a repository that cannot be had.
     """
+    config = _find_config(name)
+    if quick_gelu is not None:
+        config.model["quick_gelu"] = quick_gelu
+    return config
+
+
+def _find_config(name: str) -> ModelConfig:
     import open_clip  # imports transformers where installed
 
     if name in MINI_NAMES:
         from lit_clipq import mini
 
-        config = _read_json(name, Path(mini.config_path(name)))
-    elif name.endswith(".json") or Path(name).is_file():
-        config = _read_json(name, Path(name))
-    else:
-        published = name.replace("/", "-")
-        if published not in open_clip.list_models():
-            known = [*open_clip.list_models(), *MINI_NAMES]
-            raise ModelError(
-                f"unknown model {name!r}: expected an open_clip name, the path of a configuration JSON or one of "
-                f"{', '.join(MINI_NAMES)}; close matches: {close_matches(published, known)}"
+        return _read_json(name, Path(mini.config_path(name)))
+    if name.startswith(HUB_PREFIX):
+        return _read_folder(name, hub_folder(name.removeprefix(HUB_PREFIX), weights=False))
+    if name.startswith(FOLDER_PREFIX):
+        return _read_folder(name, Path(name.removeprefix(FOLDER_PREFIX)).expanduser())
+    published = name.replace("/", "-")
+    if published in open_clip.list_models():
+        return ModelConfig(name, published, open_clip.get_model_config(published), _agreed_preprocessing(published))
+    if Path(name).is_dir():
+        return _read_folder(name, Path(name))
+    if name.endswith(".json") or Path(name).is_file():
+        return _read_json(name, Path(name))
+    known = [*open_clip.list_models(), *MINI_NAMES]
+    raise ModelError(
+        f"unknown model {name!r}: expected an open_clip name, the path of a configuration JSON, {FOLDER_PREFIX}FOLDER, "
+        f"{HUB_PREFIX}OWNER/NAME or one of {', '.join(MINI_NAMES)}; close matches: {close_matches(published, known)}"
+    )
+
+
+def _read_folder(name: str, folder: Path) -> ModelConfig:
+    """Read a folder's configuration; a tokenizer that lies there takes the place of one on the hub.
+
+    Raises:
+        ModelError: There is no folder, or no configuration of open_clip's in it.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model {name!r}: the folder {folder} does not exist; give one with {OPEN_CLIP_CONFIG}")
+    file = folder / OPEN_CLIP_CONFIG
+    if not file.is_file():
+        hint = "give one with it"
+        if (folder / TRANSFORMERS_CONFIG).is_file():
+            hint = (
+                "it is one of transformers': give the open_clip name of its architecture as --model.name, and this "
+                "folder as --model.pretrained"
             )
-        config = ModelConfig(name, published, open_clip.get_model_config(published), _agreed_preprocessing(published))
-    if force_quick_gelu:
-        config.model["quick_gelu"] = True
+        raise ModelError(f"model {name!r}: the folder {folder} holds no {OPEN_CLIP_CONFIG}; {hint}")
+    config = replace(_read_json(name, file), folder=folder)
+    tokenizer = any((folder / part).is_file() for part in ("tokenizer.json", "tokenizer_config.json"))
+    if tokenizer and config.model["text_cfg"].get("hf_tokenizer_name"):
+        config.model["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
     return config
 
 
@@ -138,15 +176,7 @@ def _cast(model: nn.Module, precision: str, timm: bool) -> nn.Module:
 
 
 def _read_json(name: str, path: Path) -> ModelConfig:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"model configuration {path} does not exist; give an open_clip name or an existing JSON"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"model configuration {path} is not readable JSON: {error}") from error
-    content = content if isinstance(content, dict) else {}
+    content = read_json_file(path)
     model = content.get("model_cfg", content)
     model = model if isinstance(model, dict) else {}
     wanted = (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict))
@@ -170,16 +200,23 @@ def _make_bpe_path_absolute(text_cfg: dict[str, Any], path: Path) -> None:
     options["bpe_path"] = str(vocabulary)
 
 
+def published_preprocessing(published: str) -> list[dict[str, Any]]:
+    """Return the distinct ways in which the published weights of a model were prepared for, by open_clip's names."""
+    import open_clip
+
+    distinct: list[dict[str, Any]] = []
+    for tag in open_clip.list_pretrained_tags_by_model(published):
+        cfg = open_clip.get_pretrained_cfg(published, tag)
+        found = {key: cfg.get(key) for key in PREPROCESSING_KEYS}
+        if found not in distinct:
+            distinct.append(found)
+    return distinct
+
+
 def _agreed_preprocessing(published: str) -> dict[str, Any]:
     """Return the preprocessing that all published weights of a model share; empty where they differ or there are none.
 
     Local files say nothing about it, and for SigLIP the defaults would be wrong.
     """
-    import open_clip
-
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    tags = open_clip.list_pretrained_tags_by_model(published)
-    found = [
-        {key: cfg.get(key) for key in keys} for cfg in (open_clip.get_pretrained_cfg(published, tag) for tag in tags)
-    ]
-    return found[0] if found and all(other == found[0] for other in found) else {}
+    distinct = published_preprocessing(published)
+    return distinct[0] if len(distinct) == 1 else {}

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,14 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from lit_clipq.errors import ModelError
+from lit_clipq import contracts
+from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models.configs import ModelConfig
 
 DEFAULT_CONTEXT_LENGTH = 77
+_SPECIAL_TOKENS = 8
+INTERPOLATIONS = ("bicubic", "bilinear")
+RESIZE_MODES = ("shortest", "longest", "squash")
 
 
 @dataclass(frozen=True)
@@ -22,16 +29,79 @@ class Preprocessing:
 
     Attributes:
         image: Turns a picture into a float32 tensor (3, H, W).
-        tokenizer: Turns n texts into int64 token ids (n, context_length).
+        tokenizer: Turns n texts into int64 token ids (n, context_length); with `context_length` as a second argument
+            to that many.
         context_length: Tokens of a text, padding included.
         fingerprint: Hash of the image transform and of the tokenizer with its vocabulary; equal fingerprints prepare
             equal inputs.
     """
 
     image: Callable[[Image.Image], Tensor]
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Callable[..., Tensor]
     context_length: int
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """How pictures are prepared, where the user says so; None leaves it to the weights.
+
+    Raises:
+        ConfigError: A value that no picture can be prepared with.
+    """
+
+    mean: Sequence[float] | float | None = None
+    """Subtracted from red, green and blue in [0, 1]; one number for all three."""
+    std: Sequence[float] | float | None = None
+    """What these are divided by; one number for all three."""
+    interpolation: str | None = None
+    """`bicubic` or `bilinear`."""
+    resize_mode: str | None = None
+    """`shortest`: the shorter side fits and the middle is cut out; `longest`: the longer side fits and the rest is
+    filled; `squash`: both sides fit, whatever the shape."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("mean", -math.inf), ("std", 0.0)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            numbers = tuple(float(v) for v in ([value] * 3 if isinstance(value, int | float) else value))
+            if len(numbers) != 3 or not all(math.isfinite(v) and v > least for v in numbers):
+                sign = " above 0" if name == "std" else ""
+                raise ConfigError(f"--model.{name} must be one number{sign}, or three, got {value}.")
+            object.__setattr__(self, name, numbers)
+        for name, choices in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
+            if getattr(self, name) not in (None, *choices):
+                raise ConfigError(f"--model.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def chosen(self) -> dict[str, Any]:
+        """Return what is given, by open_clip's names."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def count_cut_texts(preprocessing: contracts.Preprocessing, texts: Sequence[str]) -> int:
+    """Count texts that have more tokens than the model reads.
+
+    A text is cut where one more place shows another token in it, or changes those before it (a token that ends every
+    text moves).
+
+    Args:
+        preprocessing: Of the model.
+        texts: The texts; equal ones count each.
+
+    Returns:
+        How many of them are cut.
+    """
+    length = preprocessing.context_length
+    # A token stands for a byte or more, after normalisation, and a text gets a few of its own.
+    long = Counter(t for t in texts if len(unicodedata.normalize("NFKC", t).encode()) + _SPECIAL_TOKENS > length)
+    if not long:
+        return 0
+    names = list(long)
+    kept, longer = preprocessing.tokenizer(names), preprocessing.tokenizer(names, context_length=length + 1)
+    padding = preprocessing.tokenizer([""], context_length=length + 1)[0, -1]
+    cut = (longer[:, :-1] != kept).any(dim=1) | (longer[:, -1] != padding)
+    return sum(long[name] for name, is_cut in zip(names, cut.tolist(), strict=True) if is_cut)
 
 
 class HubTokenizer:
@@ -53,19 +123,23 @@ class HubTokenizer:
         self.mode = mode
         self.options = options
         self.download = download
-        self._tokenizer: Callable[[list[str]], Tensor] | None = None
+        self._tokenizer: Callable[[list[str], int | None], Tensor] | None = None
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
         """Tokenize n texts to int64 (n, context_length).
+
+        Args:
+            texts: The texts.
+            context_length: Another number of tokens than the model's.
 
         Raises:
             ModelError: Where the tokenizer's files are neither cached nor allowed to be fetched, or cannot be read.
         """
         if self._tokenizer is None:
             self._tokenizer = self._load()
-        return self._tokenizer(texts)
+        return self._tokenizer(texts, context_length)
 
-    def _load(self) -> Callable[[list[str]], Tensor]:
+    def _load(self) -> Callable[[list[str], int | None], Tensor]:
         from open_clip.tokenizer import HFTokenizer
 
         source = local_snapshot(self.source, ("tokenizer.json", "tokenizer_config.json"))
@@ -132,7 +206,7 @@ def make_preprocessing(config: ModelConfig, image_size: int | tuple[int, int], *
 
 def _make_tokenizer(
     text_cfg: dict[str, Any], context_length: int, *, download: bool
-) -> tuple[Callable[[list[str]], Tensor], dict[str, Any]]:
+) -> tuple[Callable[..., Tensor], dict[str, Any]]:
     """Return a tokenizer, and plain values that distinguish it from any other."""
     from open_clip.tokenizer import SimpleTokenizer, default_bpe
 

@@ -1,7 +1,6 @@
-"""Published and local weights: find, read without unpickling code, check and install."""
+"""Published and local weights: find, check that they suit the model, and install."""
 
-import pickle
-import zipfile
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.errors import ModelError
-from lit_clipq.models.configs import MINI_NAMES, ModelConfig, close_matches
+from lit_clipq.models.configs import MINI_NAMES, ModelConfig, close_matches, published_preprocessing
+from lit_clipq.models.layouts import adapted, unwrapped
+from lit_clipq.models.snapshot import Evidence, evidence_beside, weights_in
+from lit_clipq.models.weights_file import WEIGHTS_SUFFIXES, read_weights_file
 
-# Scalars that OpenAI's TorchScript archives carry beside the weights.
-_ARCHIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,22 @@ class WeightsSource:
         path: A local file; None for published weights that are yet to be fetched.
         published: open_clip's entry of the tag; empty for a local file.
         tag: What the user gave.
+        evidence: What is known about them without reading them.
     """
 
     path: Path | None
     published: dict[str, Any]
     tag: str
+    evidence: Evidence
 
 
-def find_weights(config: ModelConfig, pretrained: str, *, force_quick_gelu: bool) -> WeightsSource:
+def find_weights(config: ModelConfig, pretrained: str, *, quick_gelu: bool | None) -> WeightsSource:
     """Tell tags from files and refuse weights that were trained with another activation; touches no network.
 
     Args:
         config: The model.
-        pretrained: open_clip tag, local file or "mini".
-        force_quick_gelu: Whether the user forced QuickGELU.
+        pretrained: open_clip tag, local file, folder with one, or "mini".
+        quick_gelu: What the user said about the activation; None for nothing. It decides over what lies beside a file.
 
     Returns:
         The source.
@@ -48,26 +51,111 @@ def find_weights(config: ModelConfig, pretrained: str, *, force_quick_gelu: bool
     """
     import open_clip
 
-    if Path(pretrained).is_file():
-        path = Path(pretrained)
-        if _is_openai_path(path) and not config.quick_gelu:
-            raise _wrong_activation(config, pretrained)
-        return WeightsSource(path, {}, pretrained)
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        return _local_source(config, path, pretrained, quick_gelu)
     if pretrained == "mini":
         if config.name not in MINI_NAMES:
             raise ModelError(f"weights 'mini' exist for {', '.join(MINI_NAMES)} only, not for {config.name!r}")
         from lit_clipq import mini
 
-        return WeightsSource(Path(mini.weights_path(config.name)), {}, pretrained)
+        path = Path(mini.weights_path(config.name))
+        return WeightsSource(path, {}, pretrained, Evidence(config.quick_gelu, config.preprocess, "mini"))
     published = open_clip.get_pretrained_cfg(config.published, pretrained) if config.published else {}
+    if not published and path.is_dir():
+        return _local_source(config, weights_in(path), pretrained, quick_gelu)
     if not published:
         raise _unknown_weights(config, pretrained)
-    trained_with_quick_gelu = published.get("quick_gelu", False)
-    if trained_with_quick_gelu and not config.quick_gelu:
-        raise _wrong_activation(config, pretrained)
-    if force_quick_gelu and not trained_with_quick_gelu:
-        raise ModelError(f"weights {pretrained!r} of {config.name} were trained with GELU; leave out force_quick_gelu")
-    return WeightsSource(None, published, pretrained)
+    trained_with_quick_gelu = bool(published.get("quick_gelu", False))
+    if quick_gelu is not None and quick_gelu != trained_with_quick_gelu:
+        raise ModelError(
+            f"weights {pretrained!r} of {config.name} were trained with {_name(trained_with_quick_gelu)}; leave out "
+            "--model.quick_gelu"
+        )
+    if trained_with_quick_gelu:
+        check_activation(config, trained_with_quick_gelu, pretrained, quick_gelu)
+    return WeightsSource(None, published, pretrained, Evidence(trained_with_quick_gelu, published, "open_clip"))
+
+
+def _local_source(config: ModelConfig, path: Path, tag: str, quick_gelu: bool | None) -> WeightsSource:
+    evidence = evidence_beside(path, config.published)
+    check_activation(config, evidence.quick_gelu, tag, quick_gelu)
+    return WeightsSource(path, {}, tag, evidence)
+
+
+def check_activation(config: ModelConfig, trained: bool | None, pretrained: str, quick_gelu: bool | None) -> None:
+    """Compare the activation that weights were trained with to the model's.
+
+    Args:
+        config: The model, with what the user said already in it.
+        trained: Whether they were trained with QuickGELU; None for unknown.
+        pretrained: What to call them.
+        quick_gelu: What the user said; it decides, with a warning where the weights say otherwise.
+
+    Raises:
+        ModelError: They differ, and the user said nothing.
+    """
+    if trained is None or trained == config.quick_gelu:
+        return
+    if quick_gelu is None:
+        raise _wrong_activation(config, pretrained, trained)
+    logger.warning(
+        "weights %s were trained with %s; %s is used as --model.quick_gelu says",
+        *(pretrained, _name(trained), _name(quick_gelu)),
+    )
+
+
+def tell_what_is_assumed(config: ModelConfig, source: WeightsSource, *, known: bool, chosen: Mapping[str, Any]) -> None:
+    """Warn about what decides the result and is neither known nor given: preprocessing and activation of a file.
+
+    Published weights of one architecture may differ in both. Nothing is said where all of them agree.
+
+    Args:
+        config: The model, with the preprocessing that is going to be used.
+        source: Its weights.
+        known: Whether the activation is known, from the file or from the user.
+        chosen: Preprocessing options of the user.
+    """
+    if source.path is None or config.published is None:
+        return
+    assumed = []
+    ways = published_preprocessing(config.published)
+    if not source.evidence.preprocess and not chosen and len(ways) > 1:
+        used = {**_default_preprocessing(), **{key: value for key, value in config.preprocess.items() if value}}
+        told = ", ".join(f"{key} {used[key]}" for key in ("mean", "std", "interpolation", "resize_mode"))
+        assumed.append(f"pictures are prepared with {told} (set --model.mean, std, interpolation or resize_mode)")
+    if not known and source.evidence.quick_gelu is None and _activation_is_open(config.published):
+        assumed.append(
+            f"the towers use {_name(config.quick_gelu)} (weights of OpenAI, MetaCLIP and DFN need QuickGELU: set "
+            "--model.quick_gelu)"
+        )
+    if assumed:
+        logger.warning(
+            "%s does not say how it was trained, and published weights of %s differ: %s",
+            *(source.tag, config.published, "; ".join(assumed)),
+        )
+
+
+def _default_preprocessing() -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from open_clip.transform import PreprocessCfg
+
+    return asdict(PreprocessCfg())
+
+
+def _activation_is_open(published: str) -> bool:
+    """Whether an architecture has published weights of both activations."""
+    import open_clip
+
+    base = published.removesuffix("-quickgelu")
+    names = [name for name in (base, f"{base}-quickgelu") if name in open_clip.list_models()]
+    found = {
+        bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+        for name in names
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    }
+    return len(found) > 1
 
 
 def fetch_weights(config: ModelConfig, source: WeightsSource) -> Path:
@@ -93,75 +181,43 @@ def fetch_weights(config: ModelConfig, source: WeightsSource) -> Path:
         ) from error
 
 
-def read_state_dict(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Read a weights file without executing anything in it.
-
-    Args:
-        path: `.safetensors`, a `torch.save` file of tensors, or a TorchScript archive.
-
-    Returns:
-        Tensors by name without a leading "module.", and whether the file is OpenAI's TorchScript archive.
-
-    Raises:
-        ModelError: For a missing or damaged file, or one that holds anything but tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    archive = False
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        elif _is_torchscript(path):
-            archive = True
-            content = dict(torch.jit.load(str(path), map_location="cpu").state_dict())
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"weights file {path} does not exist") from None
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        EOFError,
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:
-        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise ModelError(
-            f"weights file {path} is damaged or no safetensors, state-dict or TorchScript file ({reason}); "
-            "fetch it again"
-        ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"weights file {path} holds no state dict; expected a mapping of names to tensors")
-    openai = archive and all(name in content for name in _ARCHIVE_SCALARS)
-    state = {name: tensor for name, tensor in content.items() if not (openai and name in _ARCHIVE_SCALARS)}
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state, openai
-
-
-def load_weights(model: nn.Module, config: ModelConfig, path: Path) -> None:
+def load_weights(model: nn.Module, config: ModelConfig, path: Path, *, quick_gelu: bool | None = None) -> bool:
     """Read a weights file and install it; every tensor must fit.
 
+    Args:
+        model: The model.
+        config: What it was built from.
+        path: The file; see `read_weights_file`. Names may be wrapped, and those of transformers' CLIP or SigLIP.
+        quick_gelu: What the user said about the activation.
+
+    Returns:
+        Whether the file itself says with which activation it was trained.
+
     Raises:
-        ModelError: For an unreadable file, names or shapes that do not fit, non-finite values, or OpenAI's weights on a
-            model without QuickGELU.
+        ModelError: For an unreadable file, names or shapes that do not fit, non-finite values, or weights of the other
+            activation.
     """
-    state, openai = read_state_dict(path)
-    if openai and not config.quick_gelu:
-        raise _wrong_activation(config, str(path))
+    content = read_weights_file(path)
+    check_activation(config, content.quick_gelu, str(path), quick_gelu)
+    where = f"weights file {path}"
+    state = unwrapped(content.state, where)
     check_finite(state, str(path))
-    state = _adapt_names(model, state)
+    state = adapted(model, state)
     expected = model.state_dict()
     for name in expected.keys() - state.keys():
         if name.endswith("num_batches_tracked"):  # counts training steps only
             state[name] = expected[name]
+    _check_fit(where, config, expected, state)
+    model.load_state_dict(state)
+    return content.quick_gelu is not None
+
+
+def _check_fit(where: str, config: ModelConfig, expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Check names and shapes.
+
+    Raises:
+        ModelError: Says what differs.
+    """
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
     misshapen = [
@@ -169,6 +225,12 @@ def load_weights(model: nn.Module, config: ModelConfig, path: Path) -> None:
         for name in sorted(expected.keys() & state.keys())
         if state[name].shape != expected[name].shape
     ]
+    if len(missing) == len(expected):
+        raise ModelError(
+            f"{where} holds no CLIP: none of its {len(state)} tensors (first: {unexpected[0]}) has a name of model "
+            f"{config.name!r} (first: {missing[0]}); give the weights of a whole CLIP (a checkpoint of a head belongs "
+            "to --ckpt_path)"
+        )
     if missing or unexpected or misshapen:
         parts = (
             (len(missing), "missing", missing),
@@ -176,8 +238,7 @@ def load_weights(model: nn.Module, config: ModelConfig, path: Path) -> None:
             (len(misshapen), "misshapen", misshapen),
         )
         details = ", ".join(f"{count} {what} (first: {names[0]})" for count, what, names in parts if count)
-        raise ModelError(f"weights file {path} does not fit model {config.name!r}: {details}; check the model name")
-    model.load_state_dict(state)
+        raise ModelError(f"{where} does not fit model {config.name!r}: {details}; check the model name")
 
 
 def check_finite(state: Mapping[str, Tensor], where: str) -> None:
@@ -198,51 +259,21 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def _adapt_names(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring third-party and older layouts to the model's own, as open_clip does."""
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
-
-    state = convert_state_dict(model, state)
-    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
-    for name in ("logit_scale", "logit_bias"):
-        own = getattr(model, name, None)
-        if name in state and own is not None and own.numel() == state[name].numel():
-            state[name] = state[name].reshape(own.shape)
-    state.pop("text.transformer.embeddings.position_ids", None)  # no longer a buffer in transformers >= 4.31
-    resize_pos_embed(state, model)
-    if "positional_embedding" in state or "text.positional_embedding" in state:
-        resize_text_pos_embed(state, model)
-    return state
+def _name(quick_gelu: bool) -> str:
+    return "QuickGELU" if quick_gelu else "GELU"
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _is_openai_path(path: Path) -> bool:
-    """Whether a path says that its weights are OpenAI's: in the file's name, or in the hub repository's."""
-    return "openai" in path.stem.lower() or any(
-        part.lower().endswith((".openai", "_openai")) for part in path.parts[:-1]
-    )
-
-
-def _wrong_activation(config: ModelConfig, pretrained: str) -> ModelError:
+def _wrong_activation(config: ModelConfig, pretrained: str, trained: bool) -> ModelError:
     import open_clip
 
-    other = f"{config.published}-quickgelu"
-    hint = (
-        f"use the model name {other!r}"
-        if other in open_clip.list_models()
-        else 'set "quick_gelu": true in the configuration'
-    )
+    published = config.published or ""
+    other = f"{published}-quickgelu" if trained else published.removesuffix("-quickgelu")
+    hint = f"use the model name {other!r} or --model.quick_gelu {str(trained).lower()}"
+    if other == published or other not in open_clip.list_models():
+        hint = f'set "quick_gelu": {str(trained).lower()} in the configuration, or --model.quick_gelu'
     return ModelError(
-        f"weights {pretrained!r} were trained with QuickGELU, but model {config.name!r} uses GELU, which lowers its "
-        f"accuracy; {hint}"
+        f"weights {pretrained!r} were trained with {_name(trained)}, but model {config.name!r} uses "
+        f"{_name(not trained)}, which lowers its accuracy; {hint}"
     )
 
 
@@ -251,7 +282,7 @@ def _unknown_weights(config: ModelConfig, pretrained: str) -> ModelError:
 
     if config.published is None:
         return ModelError(f"weights file {pretrained!r} does not exist; a configuration file has no published weights")
-    if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors", ".ckpt") or "/" in pretrained:
+    if Path(pretrained).suffix in WEIGHTS_SUFFIXES or "/" in pretrained:
         return ModelError(f"weights file {pretrained!r} does not exist; give an existing file or a published tag")
     tags = open_clip.list_pretrained_tags_by_model(config.published)
     return ModelError(

@@ -80,6 +80,9 @@ KINDS: list[LayerKind] = [
 ]
 
 
+_COMPUTES = ("forward", "_conv_forward")
+
+
 def register_kind(kind: LayerKind) -> None:
     """Make a further kind of layer quantizable, for this process; a kind of this package is an entry in `KINDS`.
 
@@ -99,8 +102,16 @@ def register_kind(kind: LayerKind) -> None:
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the kind that quantizes `module`, or `None`."""
-    return next((kind for kind in KINDS if isinstance(module, kind.float_type)), None)
+    """Return the kind that quantizes `module`, or `None`.
+
+    A subclass with a `forward` of its own has none: its quantized stand-in would compute what its base class does.
+    """
+    kind = next((kind for kind in KINDS if isinstance(module, kind.float_type)), None)
+    if kind is None or any(
+        getattr(type(module), name, None) is not getattr(kind.float_type, name, None) for name in _COMPUTES
+    ):
+        return None
+    return kind
 
 
 def layout_of(module: nn.Module) -> Layout:

@@ -54,6 +54,7 @@ class Captioning(ClipTask):
         engine: `fast`, or `plain` for the method as published; the captions are the same.
         forbidden_tokens: `.npy` file of the ids of tokens that captions should not have.
         options: further fields of `lit_clipq.zerocap.options.ZeroCapOptions` by name.
+        **kwargs: how the CLIP is loaded and pictures are prepared; see `ClipTask`.
 
     Raises:
         ConfigError: An unknown preset or option, or one outside its range.
@@ -75,6 +76,7 @@ class Captioning(ClipTask):
         engine: Literal["fast", "plain"] | None = None,
         forbidden_tokens: str | None = None,
         options: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         chosen = {
             "lm": lm,
@@ -91,7 +93,7 @@ class Captioning(ClipTask):
         if twice:
             raise ConfigError(f"--model.{twice[0]} and --model.options.{twice[0]} are the same option; give one")
         self_options = zerocap_options(preset, **{**chosen, **(options or {})})
-        super().__init__(name, pretrained)
+        super().__init__(name, pretrained, **kwargs)
         self.save_hyperparameters(logger=False)
         self.options = self_options
         self.language = load_language_model(self.options.lm, start_token=self.options.start_token)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
+from lit_clipq.models.preprocessing import count_cut_texts
 from lit_clipq.tasks.task import ClipTask, datamodule_of
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class ZeroShotClassification(ClipTask):
             with {} for the class name.
         ks: how many classes to look at; `top{k}` for each.
         text_batch_size: prompts encoded at a time.
+        **kwargs: how the CLIP is loaded and pictures are prepared; see `ClipTask`.
 
     Raises:
         ConfigError: Unknown or empty templates, one without {}, or a k or a batch size below 1.
@@ -47,8 +49,9 @@ class ZeroShotClassification(ClipTask):
         templates: Templates = "openai",
         ks: Sequence[int] = (1, 5),
         text_batch_size: int = 256,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(name, pretrained)
+        super().__init__(name, pretrained, **kwargs)
         self.save_hyperparameters(logger=False)
         if not ks or min(ks) < 1 or text_batch_size < 1:
             raise ConfigError(f"expected `ks` and `text_batch_size` of at least 1, got {list(ks)}, {text_batch_size}.")
@@ -57,6 +60,7 @@ class ZeroShotClassification(ClipTask):
         self.metric = TopKAccuracy(ks=ks)
         self._classes = torch.empty(0, 0)  # (distinct classes, D)
         self._class_row = torch.empty(0, dtype=torch.int64)  # (classes,): its row of _classes
+        self._cut: dict[str, int] = {}
 
     def prepare_evaluation(self) -> None:
         """Build the classifier with the text tower as it is now."""
@@ -64,6 +68,10 @@ class ZeroShotClassification(ClipTask):
         # Classes with the same embedding get their logits from the same column, so that they tie exactly.
         distinct = distinct_rows(classifier)
         self._classes, self._class_row = classifier[distinct.first], distinct.group
+
+    def sample_counts(self) -> dict[str, int]:
+        """Number of pictures in the last evaluation, and of prompts that the text tower cuts where there are any."""
+        return {**super().sample_counts(), **self._cut}
 
     def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
         """Classify one batch."""
@@ -88,6 +96,9 @@ class ZeroShotClassification(ClipTask):
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         logger.info("encoding %d prompts of %d classes", len(distinct), len(class_names))
         embeddings = self._embed_prompts(list(distinct))  # (distinct prompts, D)
+        cut = count_cut_texts(self.preprocessing, prompts)
+        length = self.preprocessing.context_length
+        self._cut = {"texts": len(prompts), "texts_cut": cut, "context_length": length} if cut else {}
         rows = torch.tensor([distinct[prompt] for prompt in prompts], device=embeddings.device)
         rows = rows.view(len(class_names), len(self.templates))
         mean = torch.stack([embeddings[prompt_rows].mean(0) for prompt_rows in rows])  # (classes, D)

@@ -1,6 +1,7 @@
 """Image-text retrieval in both directions."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -23,15 +24,21 @@ class Retrieval(ClipTask):
         pretrained: open_clip tag, local weights file, `mini`, or None for random weights.
         ks: how many items to look at; `recall@k_i2t` and `recall@k_t2i` for each.
         any_identical: also report `recall@k_t2i_any_identical`, where any picture with an identical caption is a hit.
+        **kwargs: how the CLIP is loaded and pictures are prepared; see `ClipTask`.
 
     Raises:
         ConfigError: A k below 1, or none.
     """
 
     def __init__(
-        self, name: str, pretrained: str | None = None, ks: Sequence[int] = (1, 5, 10), any_identical: bool = False
+        self,
+        name: str,
+        pretrained: str | None = None,
+        ks: Sequence[int] = (1, 5, 10),
+        any_identical: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(name, pretrained)
+        super().__init__(name, pretrained, **kwargs)
         self.save_hyperparameters(logger=False)
         if not ks or min(ks) < 1:
             raise ConfigError(f"expected `ks` of at least 1, got {list(ks)}; for example [1, 5, 10].")

@@ -1,8 +1,8 @@
-"""What the evaluation tasks share: a CLIP, one evaluation loop for validate and test, results and scores per sample."""
+"""What evaluation tasks share: networks, one loop for validate and test, results and scores per sample."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,55 +12,40 @@ from torch import Tensor, nn
 
 from lit_clipq.contracts import CalibrationBatch, MeasuredTask
 from lit_clipq.metrics import Evaluation, SampleKeyedMetric, SampleScores
-from lit_clipq.models import encode_image, encode_text, load_clip
+from lit_clipq.models import LoadedCLIP, PreprocessingOptions, encode_image, encode_text, load_clip
 
 
-class ClipTask(LightningModule):
-    """A CLIP and a metric, evaluated by the same code in `validate` and `test`.
+class EvaluationTask(LightningModule):
+    """Networks and a metric, evaluated by the same code in `validate` and `test`.
 
-    The task does not know whether its network is quantized: it offers the network (`roots`) and the outputs that matter
-    for it (`calibration_forward`), and measures whatever the network is when the epoch starts. Each evaluation starts
-    from nothing, so that several may follow each other on the same objects.
+    The task does not know whether its networks are quantized: it offers them (`roots`) and the outputs that matter for
+    them (`calibration_forward`), and measures whatever they are when the epoch starts. Each evaluation starts from
+    nothing, so that several may follow each other on the same objects.
 
     Args:
-        name: model name or path of an open_clip config JSON, as for `lit_clipq.models.load_clip`.
-        pretrained: open_clip tag, local weights file, `mini`, or None for random weights.
+        loaded: The model, what prepares its input, and its names.
     """
 
     metric: SampleKeyedMetric
 
-    def __init__(self, name: str, pretrained: str | None = None) -> None:
+    def __init__(self, loaded: LoadedCLIP) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a shard may be empty
-        self.loaded = load_clip(name, pretrained)
-        self.clip = self.loaded.model
-        self.preprocessing = self.loaded.preprocessing
-        self.model_name = name
-        self.pretrained = pretrained
+        self.loaded = loaded
+        self.preprocessing = loaded.preprocessing
+        self.model_name = loaded.name
+        self.pretrained = loaded.pretrained
         self.variant = "float"  # what was done to the networks, in words; set by whoever does it
         self._evaluation: Evaluation | None = None
         self._results: dict[str, float] = {}
 
+    @abstractmethod
     def roots(self) -> dict[str, nn.Module]:
         """Networks that may be quantized, by name."""
-        return {"clip": self.clip}
 
+    @abstractmethod
     def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
-        """Run the network on a calibration batch; gradients flow where they are enabled.
-
-        Args:
-            batch: images (B, 3, H, W) or None, and tokens int64 (B, L) or None.
-
-        Returns:
-            `image` and `text`, float32 (B, D) of length 1, as far as the batch has them.
-        """
-        images, texts = batch
-        outputs = {}
-        if images is not None:
-            outputs["image"] = self.embed_images(images)
-        if texts is not None:
-            outputs["text"] = self.embed_texts(texts)
-        return outputs
+        """Run the networks on a calibration batch; outputs that matter by name, with gradients where enabled."""
 
     def offer_roots(self, include: Sequence[str]) -> None:
         """Learn which patterns of layer names a run has; for networks that `roots` offers on demand only."""
@@ -71,14 +56,6 @@ class ClipTask(LightningModule):
     def unused_layers(self) -> tuple[str, ...]:
         """Shell patterns of the layers in `roots` that no output of `calibration_forward` depends on."""
         return ()
-
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Embeddings of images (B, 3, H, W), float32 (B, D) of length 1."""
-        return F.normalize(encode_image(self.clip, images).float(), dim=-1)
-
-    def embed_texts(self, tokens: Tensor) -> Tensor:
-        """Embeddings of tokens int64 (B, L), float32 (B, D) of length 1."""
-        return F.normalize(encode_text(self.clip, tokens).float(), dim=-1)
 
     def results(self) -> dict[str, float]:
         """Metrics of the last evaluation, as fractions, by name; the same on every rank."""
@@ -143,9 +120,70 @@ class ClipTask(LightningModule):
         return self._evaluation
 
 
+class ClipTask(EvaluationTask):
+    """A CLIP and a metric.
+
+    Args:
+        name: model name or path of an open_clip config JSON, as for `lit_clipq.models.load_clip`.
+        pretrained: open_clip tag, local weights file or folder, `mini`, or None for random weights.
+        quick_gelu: whether the towers use QuickGELU; null leaves it to the configuration and to what the weights say.
+        mean: subtracted from red, green and blue in [0, 1], one number or three; null as published with the weights.
+        std: what these are divided by, one number or three; null as published.
+        interpolation: of resizing; null as published.
+        resize_mode: `shortest` side fits and the middle is cut out, `longest` side fits and the rest is filled, or
+            `squash` both; null as published.
+
+    Raises:
+        ConfigError: A mean or a standard deviation that no picture can be prepared with.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: str | None = None,
+        quick_gelu: bool | None = None,
+        mean: list[float] | float | None = None,
+        std: list[float] | float | None = None,
+        interpolation: Literal["bicubic", "bilinear"] | None = None,
+        resize_mode: Literal["shortest", "longest", "squash"] | None = None,
+    ) -> None:
+        options = PreprocessingOptions(mean, std, interpolation, resize_mode)
+        super().__init__(load_clip(name, pretrained, quick_gelu=quick_gelu, preprocessing=options))
+        self.clip = self.loaded.model
+
+    def roots(self) -> dict[str, nn.Module]:
+        """Networks that may be quantized, by name."""
+        return {"clip": self.clip}
+
+    def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
+        """Run the network on a calibration batch; gradients flow where they are enabled.
+
+        Args:
+            batch: images (B, 3, H, W) or None, and tokens int64 (B, L) or None.
+
+        Returns:
+            `image` and `text`, float32 (B, D) of length 1, as far as the batch has them.
+        """
+        images, texts = batch
+        outputs = {}
+        if images is not None:
+            outputs["image"] = self.embed_images(images)
+        if texts is not None:
+            outputs["text"] = self.embed_texts(texts)
+        return outputs
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings of images (B, 3, H, W), float32 (B, D) of length 1."""
+        return F.normalize(encode_image(self.clip, images).float(), dim=-1)
+
+    def embed_texts(self, tokens: Tensor) -> Tensor:
+        """Embeddings of tokens int64 (B, L), float32 (B, D) of length 1."""
+        return F.normalize(encode_text(self.clip, tokens).float(), dim=-1)
+
+
 if TYPE_CHECKING:
 
-    def _fulfils(task: ClipTask) -> MeasuredTask:
+    def _fulfils(task: EvaluationTask) -> MeasuredTask:
         """Let the type checker hold the class against its contract."""
         return task
 

@@ -86,6 +86,7 @@ class VQA(ClipTask):
         cache: Where features are kept; null runs CLIP in every step.
         export: Where the trained head goes as fp16 safetensors after the last step; None for nowhere.
         answers: Vocabulary of a head with random weights; by default that of the data module, weights or checkpoint.
+        **kwargs: How the CLIP is loaded and pictures are prepared; see `ClipTask`.
 
     Raises:
         ConfigError: An option outside its range.
@@ -109,8 +110,9 @@ class VQA(ClipTask):
         cache: CacheOptions | None = CacheOptions(),  # noqa: B008 frozen
         export: str | None = None,
         answers: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(name, pretrained)
+        super().__init__(name, pretrained, **kwargs)
         if (
             learning_rate <= 0
             or not 0 < decay <= 1

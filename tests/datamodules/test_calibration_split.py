@@ -6,8 +6,9 @@ import torch
 
 from datamodules import CocoRetrieval
 from datamodules.calibration_split import choose_pictures, hold_out, permutation
-from datamodules.images import Picture, load_rgb
+from datamodules.images import Picture
 from lit_clipq.errors import CalibrationError, ConfigError, DataError
+from lit_clipq.models.pictures import load_rgb
 
 
 def ready(preprocessing, root, **kwargs) -> CocoRetrieval:

@@ -1,4 +1,6 @@
 import os
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,12 @@ from datamodules.images import (
     ContentIndex,
     Picture,
     are_files,
-    damage,
     list_pictures,
-    load_rgb,
     paths_inside,
     usable_pictures,
 )
 from lit_clipq.errors import DataError
+from lit_clipq.models.pictures import damage, load_rgb
 
 
 @pytest.fixture
@@ -32,16 +33,41 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
         paths_inside(tmp_path, ["fine.jpg", name], Path("file.json"))
 
 
-def test_links_out_of_the_folder_are_refused_and_links_inside_are_not(tmp_path, draw):
+def test_linked_files_are_read_and_names_through_folders_that_link_out_are_refused(tmp_path, draw):
     folder = tmp_path / "in"
     draw(folder / "real.jpg", 0)
     (folder / "inside.jpg").symlink_to(folder / "real.jpg")
-    (folder / "outside.jpg").symlink_to(draw(tmp_path / "out" / "x.jpg", 1))
+    (folder / "outside.jpg").symlink_to(draw(tmp_path / "out" / "x.jpg", 1))  # a cache with its blobs elsewhere
     (folder / "sub").symlink_to(tmp_path / "out")
-    paths_inside(folder, ["real.jpg", "inside.jpg", "absent.jpg"], Path("a.json"))
-    for name in ("outside.jpg", "sub/x.jpg"):
-        with pytest.raises(DataError, match="out of"):
+    names = ["real.jpg", "inside.jpg", "outside.jpg", "absent.jpg"]
+    assert paths_inside(folder, names, Path("a.json")) == [folder / name for name in names]
+    assert load_rgb(folder / "outside.jpg").tobytes() == load_rgb(tmp_path / "out" / "x.jpg").tobytes()
+    for name in ("sub/x.jpg", "sub/../sub/x.jpg", "../out/x.jpg"):
+        with pytest.raises(DataError, match=r"out of|leaves"):
             paths_inside(folder, [name], Path("a.json"))
+
+
+def test_a_link_to_nothing_says_what_it_links_to(tmp_path, draw):
+    good = Picture(draw(tmp_path / "good.jpg", 0))
+    (tmp_path / "annex.jpg").symlink_to(".git/annex/objects/key")
+    with pytest.raises(DataError, match=r"annex\.jpg is a link to \.git/annex/objects/key, which is missing"):
+        usable_pictures([good, Picture(tmp_path / "annex.jpg")], "raise", None)
+    assert usable_pictures([good, Picture(tmp_path / "annex.jpg")], "skip", None) == ([good], 1)
+
+
+@pytest.mark.parametrize(("asked", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_composed_and_decomposed_letters_name_the_same_file(tmp_path, draw, asked, there):
+    name = "Café/Müller.jpg"
+    path = draw(tmp_path / unicodedata.normalize(there, name), 0)
+    (found,) = paths_inside(tmp_path, [unicodedata.normalize(asked, name)], Path("a.json"))
+    assert found == path
+    assert are_files([found]) == [True]
+
+
+def test_of_two_files_that_differ_in_composition_only_each_is_found_by_its_own_name(tmp_path, draw):
+    names = [unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD")]
+    paths = [draw(tmp_path / name, number) for number, name in enumerate(names)]
+    assert paths_inside(tmp_path, names, Path("a.json")) == paths
 
 
 def test_the_picture_folder_itself_may_be_a_link(tmp_path, draw):
@@ -60,7 +86,7 @@ def test_are_files_agrees_with_isfile(tmp_path, draw):
     assert are_files(paths) == [os.path.isfile(path) for path in paths]
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ppm", ".avif", ".jp2"])
 @pytest.mark.parametrize("keep", [0.0, 0.2, 0.9])
 def test_truncated_pictures_are_damaged(tmp_path, draw, suffix, keep):
     path = draw(tmp_path / f"x{suffix}", 0, (200, 300))
@@ -75,14 +101,6 @@ def test_a_jpeg_without_its_last_bytes_is_damaged(tmp_path, draw):
     path = draw(tmp_path / "x.jpg", 0, (64, 64))
     path.write_bytes(path.read_bytes()[:-2])
     assert damage(path)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
-def test_every_mode_is_loaded_as_rgb(tmp_path, mode):
-    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    Image.new(mode, (5, 4)).save(path)
-    assert load_rgb(path).mode == "RGB"
-    assert load_rgb(path).size == (5, 4)
 
 
 def test_raise_names_the_missing_picture_and_how_many(pictures):
@@ -122,6 +140,31 @@ def test_listing_passes_over_hidden_and_other_files(tmp_path, draw):
     draw(tmp_path / ".y.jpg", 2)
     (tmp_path / "notes.txt").write_text("x")
     assert list_pictures(tmp_path) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".webp",
+               ".avif", ".jp2", ".JPG"]
+)  # fmt: skip
+def test_every_suffix_of_a_format_that_is_decoded_is_listed(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    Image.new("RGB", (4, 4), "red").save(path, Image.registered_extensions()[suffix.lower()])
+    assert list_pictures(tmp_path) == [path]
+    assert damage(path) is None
+
+
+def test_files_that_are_not_read_are_counted_by_suffix_or_told(tmp_path, draw, caplog):
+    draw(tmp_path / "a.jpg", 0)
+    for name in ("b.heic", "sub/c.HEIC", "sub/d.svg", "README", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    unread = Counter()
+    assert len(list_pictures(tmp_path, unread)) == 1
+    assert unread == {".heic": 2, ".svg": 1, "(no suffix)": 1}
+    assert caplog.text == ""
+    (tmp_path / "notes.txt").touch()
+    list_pictures(tmp_path)
+    assert "not read: .heic 2, (no suffix) 1, .svg 1" in caplog.text
 
 
 def test_twins_are_found_by_identity_and_content(tmp_path, draw):

@@ -13,13 +13,13 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules import MiniVQA, VQAv2
-from datamodules.images import load_rgb
 from datamodules.sampler import ShuffledBatches
 from datamodules.vqa_files import Question
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics.functional import AnswerVocabulary
 from lit_clipq.mini import PRESETS, WORLD_HASHES, world_folder
 from lit_clipq.mini.world import Preset, write_world
+from lit_clipq.models.pictures import load_rgb
 from tests.metrics import oracles
 
 NAMES = {

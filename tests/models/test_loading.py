@@ -77,20 +77,7 @@ def test_weights_trained_with_quickgelu_are_refused_on_gelu(tag):
 
 def test_forcing_quickgelu_on_weights_trained_with_gelu_is_refused():
     with pytest.raises(ModelError, match="trained with GELU"):
-        load_clip("ViT-B-32", "laion2b_s34b_b79k", force_quick_gelu=True)
-
-
-@pytest.mark.parametrize(
-    "place", ["ViT-B-32-openai.safetensors", "vit_base_patch32_clip_224.openai/open_clip_model.safetensors"]
-)
-def test_local_files_that_say_openai_are_refused_on_gelu(tmp_path, config_file, state, place):
-    path = tmp_path / place
-    path.parent.mkdir(exist_ok=True)
-    save_file(state, path)
-    with pytest.raises(ModelError, match="trained with QuickGELU"):
-        load_clip(str(config_file("vit")), str(path))
-    assert_loaded(load_clip(str(config_file("quickgelu")), str(path)), state)
-    assert_loaded(load_clip(str(config_file("vit")), str(path), force_quick_gelu=True), state)
+        load_clip("ViT-B-32", "laion2b_s34b_b79k", quick_gelu=True)
 
 
 def test_unreachable_hub_names_the_file_and_the_way_out(monkeypatch):
@@ -176,7 +163,7 @@ def test_a_pickle_is_never_executed(tmp_path, config_file):
     plain.write_bytes(pickle.dumps(Attack(), protocol=2))
     torch.save({"state_dict": Attack()}, zipped)
     for path in (plain, zipped):
-        with pytest.raises(ModelError, match="is damaged or no"):
+        with pytest.raises(ModelError, match=r"no tensors \(io\.open\).*never does"):
             load_clip(str(config_file()), str(path))
     assert not marker.exists()
 

@@ -32,11 +32,11 @@ class FakeCLIP(nn.Module):
         return self.token[tokens].mul(tokens[..., None] > 0).sum(1)
 
 
-def tokenize(texts):
+def tokenize(texts, context_length=CONTEXT):
     """One token per character."""
-    tokens = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
+    tokens = torch.zeros(len(texts), context_length, dtype=torch.int64)
     for row, text in zip(tokens, texts, strict=True):
-        row[: len(text)] = torch.tensor([ord(letter) % (VOCABULARY - 1) + 1 for letter in text[:CONTEXT]])
+        row[: len(text)] = torch.tensor([ord(letter) % (VOCABULARY - 1) + 1 for letter in text[:context_length]])
     return tokens
 
 

@@ -9,6 +9,7 @@ from lit_clipq.tasks import ZeroShotClassification
 from tests.metrics import oracles
 from tests.tasks.fakes import (
     CLASSES,
+    CONTEXT,
     classification_data,
     classification_samples,
     collate,
@@ -49,7 +50,10 @@ def test_validate_agrees_with_loops(task, tmp_path):
     run.validate(task, datamodule=classification_data(), verbose=False)
     assert task.results() == pytest.approx(expected(task), abs=1e-12)
     assert run.callback_metrics.keys() == {"top1", "top2"}
-    assert task.sample_counts() == {"images": 8}
+    prompts = [template.replace("{}", name) for name in CLASSES for template in TEMPLATES]
+    cut = sum(len(prompt) > CONTEXT for prompt in prompts)  # a token a letter
+    assert task.sample_counts() == {"images": 8, "texts": len(prompts), "texts_cut": cut, "context_length": CONTEXT}
+    assert 0 < cut < len(prompts)
     assert task.sample_scores()["top1"].clusters.tolist() == list(range(63, 71))
 
 

@@ -70,7 +70,7 @@ def test_a_training_learns_what_the_pictures_show(root, tmp_path):
     validate(task, root, tmp_path)
     assert task.results()["vqa_accuracy"] == 1.0
     assert set(task.results()) == {f"vqa_accuracy{name}" for name in ("", "_other", "_yes_no", "_number")}
-    assert task.sample_counts() == {"questions": 18}
+    assert task.sample_counts() == {"questions": 18, "images": 6}
 
 
 @pytest.mark.slow

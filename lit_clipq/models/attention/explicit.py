@@ -12,10 +12,24 @@ from typing import Any
 from torch import nn
 
 from lit_clipq.models.attention.bert import ExplicitBert
+from lit_clipq.models.attention.fastvit import ExplicitFastVit
 from lit_clipq.models.attention.gpt2 import CONV1D, ExplicitGPT2, linear_from_conv1d
+from lit_clipq.models.attention.m2m100 import ExplicitM2M100
+from lit_clipq.models.attention.maxvit import ExplicitGridFirst, ExplicitGridLast
 from lit_clipq.models.attention.openclip import ExplicitMultihead, ExplicitOpenClip, ExplicitPool2d
 from lit_clipq.models.attention.parts import qualified_name
+from lit_clipq.models.attention.positions import (
+    RELATIVE_MLP,
+    RELATIVE_TENSORFLOW,
+    table_from_mlp,
+    table_from_tensorflow,
+)
+from lit_clipq.models.attention.relative import ExplicitBeit, ExplicitRelative
+from lit_clipq.models.attention.swin import ExplicitWindow, ExplicitWindowV2
+from lit_clipq.models.attention.t5 import ExplicitT5
 from lit_clipq.models.attention.timm import ExplicitPoolLatent, ExplicitTimm, ExplicitTimmPlain
+from lit_clipq.models.layers import make_plain
+from lit_clipq.models.ordinary import leave_inference_mode
 from lit_clipq.nn.attention import ExplicitAttention, Projection
 
 logger = logging.getLogger(__name__)
@@ -47,8 +61,9 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
 
     Every known attention becomes an `ExplicitAttention` with the children `qkv_proj` (or `q_proj` and `kv_proj`, or
     three), `qk`, `av` and `out_proj`. `visual.proj` and `text_projection` Parameters become `Projection` layers, whose
-    weight is the transpose; GPT-2's `Conv1D` layers become `nn.Linear`. A second call changes nothing and returns the
-    same records.
+    weight is the transpose; GPT-2's `Conv1D` layers become `nn.Linear`; biases by relative position that are computed
+    in every forward pass become tables; known subclasses of torch's layers become torch's own; tensors made in
+    inference mode become ordinary ones. A second call changes nothing and returns the same records.
 
     Args:
         model: Any module tree; afterwards its state dict has other names.
@@ -61,6 +76,7 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
         >>> [(record.name, record.explicit) for record in make_explicit(block)]
         [('attn', True)]
     """
+    leave_inference_mode(model)
     records = []
     for name, parent, child in list(_attentions(model)):
         original = child.original if isinstance(child, ExplicitAttention) else qualified_name(child)
@@ -72,8 +88,11 @@ def make_explicit(model: nn.Module) -> list[ExplicitAttentionRecord]:
             logger.warning("%s (%s) stays fused: %s", name, original, error)
             records.append(ExplicitAttentionRecord(name, original, explicit=False, reason=str(error)))
     for module in list(model.modules()):
+        make_plain(module)
         _name_projections(module)
         _turn_conv1d(module)
+        _tabulate_positions(module)
+        _call_layers(module)
     return records
 
 
@@ -167,6 +186,15 @@ def _convert_gpt2(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa:
     return ExplicitGPT2.convert(module)
 
 
+def _convert_encoder(convert: Callable[[Any], ExplicitAttention]) -> Callable[[Any, nn.Module], ExplicitAttention]:
+    def converter(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa: ARG001
+        if module.is_decoder or not hasattr(module, "scaling"):
+            raise _LeftFusedError("only encoders of transformers >= 5.24 are supported")
+        return convert(module)
+
+    return converter
+
+
 def _convert_pool_latent(module: Any, parent: nn.Module) -> ExplicitAttention:  # noqa: ARG001
     if not isinstance(module.q, nn.Linear):
         raise _LeftFusedError("a latent without a query projection is not supported")
@@ -182,8 +210,18 @@ _CONVERTERS: dict[str, Callable[[Any, nn.Module], ExplicitAttention]] = {
     "timm.layers.attention.AttentionRope": _convert_timm,
     "timm.models.eva.EvaAttention": _convert_timm,
     "timm.layers.attention_pool.AttentionPoolLatent": _convert_pool_latent,
+    "timm.models.vision_transformer_relpos.RelPosAttention": lambda module, _: ExplicitRelative.convert(module),
+    "timm.models.beit.Attention": lambda module, _: ExplicitBeit.convert(module),
+    "timm.models.swin_transformer.WindowAttention": lambda module, _: ExplicitWindow.convert(module),
+    "timm.models.swin_transformer_v2.WindowAttention": lambda module, _: ExplicitWindowV2.convert(module),
+    "timm.models.maxxvit.AttentionCl": lambda module, _: ExplicitGridLast.convert(module),
+    "timm.models.maxxvit.Attention2d": lambda module, _: ExplicitGridFirst.convert(module),
+    "timm.models.fastvit.Attention": lambda module, _: ExplicitFastVit.convert(module),
     "transformers.models.bert.modeling_bert.BertSelfAttention": _convert_bert,
     "transformers.models.gpt2.modeling_gpt2.GPT2Attention": _convert_gpt2,
+    "transformers.models.m2m_100.modeling_m2m_100.M2M100Attention": _convert_encoder(ExplicitM2M100.convert),
+    "transformers.models.mt5.modeling_mt5.MT5Attention": _convert_encoder(ExplicitT5.convert),
+    "transformers.models.t5.modeling_t5.T5Attention": _convert_encoder(ExplicitT5.convert),
     "transformers.models.roberta.modeling_roberta.RobertaSelfAttention": _convert_bert,
     "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaSelfAttention": _convert_bert,
 }
@@ -207,3 +245,20 @@ def _turn_conv1d(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if qualified_name(child) == CONV1D:
             setattr(module, name, linear_from_conv1d(child).train(child.training))
+
+
+def _tabulate_positions(module: nn.Module) -> None:
+    """Turn biases by position that are computed anew in every forward pass into tables."""
+    makers = {RELATIVE_MLP: table_from_mlp, RELATIVE_TENSORFLOW: table_from_tensorflow}
+    for name, child in list(module.named_children()):
+        make = makers.get(qualified_name(child))
+        if make is not None:
+            setattr(module, name, make(child).train(child.training))
+
+
+def _call_layers(module: nn.Module) -> None:
+    """Make torch's Transformer layers call their linear layers; a fast path of theirs reads the weights only."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0
+    if isinstance(module, nn.TransformerEncoder):
+        module.enable_nested_tensor = False

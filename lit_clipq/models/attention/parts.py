@@ -1,6 +1,7 @@
 """Build the named parts of an explicit attention from the weights of another module."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,3 +55,13 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 def stack_modules(*layers: nn.Module) -> QKVLinear:
     """Join `nn.Linear` layers of one input into a `QKVLinear`."""
     return stack_linear([(layer.weight, layer.bias) for layer in layers])  # type: ignore[misc]
+
+
+def stack_qkv(module: Any) -> QKVLinear:
+    """Join the projections of a timm attention: one `qkv` layer or three, with a bias in it or beside it."""
+    if module.qkv is None:
+        return stack_modules(module.q_proj, module.k_proj, module.v_proj)
+    q_bias = getattr(module, "q_bias", None)
+    bias = module.qkv.bias if q_bias is None else torch.cat([q_bias, torch.zeros_like(q_bias), module.v_bias])
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    return stack_linear(list(zip(module.qkv.weight.chunk(3), biases, strict=True)))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.models.attention.parts import qualified_name, stack_linear, stack_modules
+from lit_clipq.models.attention.parts import qualified_name, stack_linear, stack_qkv
 from lit_clipq.nn.attention import ExplicitAttention, as_additive_mask, causal_mask
 
 
@@ -27,16 +27,8 @@ class ExplicitTimm(ExplicitAttention):
     @classmethod
     def convert(cls, module: Any) -> "ExplicitTimm":
         """Convert one of timm's self-attentions, with fused or separate projections."""
-        if module.qkv is None:
-            qkv = stack_modules(module.q_proj, module.k_proj, module.v_proj)
-        else:
-            q_bias = getattr(module, "q_bias", None)
-            bias = module.qkv.bias if q_bias is None else torch.cat([q_bias, torch.zeros_like(q_bias), module.v_bias])
-            weights = module.qkv.weight.chunk(3)
-            biases = (None,) * 3 if bias is None else bias.chunk(3)
-            qkv = stack_linear(list(zip(weights, biases, strict=True)))
         self = cls(
-            projections={"qkv_proj": qkv},
+            projections={"qkv_proj": stack_qkv(module)},
             out_proj=module.proj,
             num_heads=module.num_heads,
             scale=module.scale,
