@@ -58,7 +58,7 @@ def _small_vitamin() -> dict[str, Any]:
 
 
 def _small_maxvit(name: str, block: str) -> dict[str, Any]:
-    small: dict[str, Any] = {"embed_dim": (32, 64), "depths": (1, 1), "block_type": ("C", block), "stem_width": 16}
+    small: dict[str, Any] = {"embed_dim": (64, 64), "depths": (1, 1), "block_type": ("C", block), "stem_width": 16}
     if model_cfgs[name].head_hidden_size:
         small["head_hidden_size"] = 64
     return {"img_size": 64, "model_cfg": replace(model_cfgs[name], **small)}
@@ -182,15 +182,39 @@ def small_config(family: Family, folder: Path) -> Path:
     return path
 
 
-def full_config(name: str, folder: Path) -> dict[str, Any]:
-    """Return the configuration of an open_clip name, with the text configuration of the hub written to `folder`."""
-    import open_clip
+def full_config(family: Family, folder: Path) -> dict[str, Any]:
+    """Return the configuration of a family's example at its full size.
 
-    config: dict[str, Any] = open_clip.get_model_config(name)
+    Args:
+        family: The family.
+        folder: Where the configuration of a text tower that is on the hub is written.
+    """
+    config = _config_of(family)
+    if not family.published:
+        config["text_cfg"] = _config_of(family_of("ViT-B-32"))["text_cfg"]
     source = config["text_cfg"].get("hf_model_name")
     if source:
         config["text_cfg"]["hf_model_name"] = _write_text(folder, HUB_TEXT[source])
     return config
+
+
+def enliven(model: torch.nn.Module, seed: int = 0) -> None:
+    """Give every parameter and running statistic random values at which inputs and positions make a difference.
+
+    Constructors leave some at zero, or so small that the outputs hardly depend on the pictures.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.data.copy_(noise * parameter[0].numel() ** -0.5)
+        else:
+            parameter.data.add_(noise, alpha=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+        if name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
 
 
 def sample(model: Any, count: int, *, seed: int = 0, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +253,8 @@ def _config_of(family: Family) -> dict[str, Any]:
 
     if family.published:
         return open_clip.get_model_config(family.example)
-    vision = {"timm_model_name": family.example, "timm_pool": "avg", "timm_proj": "linear", "image_size": 224}
+    size = timm.get_pretrained_cfg(family.example).input_size[-1]
+    vision = {"timm_model_name": family.example, "timm_pool": "avg", "timm_proj": "linear", "image_size": size}
     return {"embed_dim": 512, "vision_cfg": vision, "text_cfg": dict(SMALL_TEXT)}
 
 

@@ -40,6 +40,7 @@ def load_classifier(name: str, pretrained: str | None = None, num_classes: int |
         ConfigError: For `num_classes` below 1.
 
     Example:
+        >>> import torch
         >>> load_classifier("vit_tiny_patch16_224", num_classes=10).model(torch.zeros(1, 3, 224, 224)).shape
         torch.Size([1, 10])
     """

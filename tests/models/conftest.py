@@ -72,17 +72,6 @@ def randomize(model):
     return model.eval()
 
 
-def lively(model):
-    """Give every weight a size at which pictures, texts and positions make a difference."""
-    randomize(model)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            fan_in = parameter[0].numel()
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * fan_in**-0.5)
-    return model
-
-
 def build(config):
     """Build an open_clip model from a dictionary."""
     from lit_clipq.models.configs import ModelConfig, build_model

@@ -6,19 +6,22 @@ with torch's own count of operators, module by module, of the explicit float net
 
 import copy
 import logging
+import re
+from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lit_clipq
-from benchmarks.families import FAMILIES, family_of, sample, small_config
+from benchmarks.families import FAMILIES, enliven, family_of, sample, small_config
 from lit_clipq.checkpoint import identify, load_quantized, save_quantized
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, load_clip, make_explicit
+from lit_clipq.nn.swap import find_layers
 from lit_clipq.recipes import make_recipe
-from tests.models.conftest import lively
 
 pytest.importorskip("transformers", minversion="5", reason="the text towers of Hugging Face")
 
@@ -39,7 +42,7 @@ def member(request, tmp_path_factory):
     logging.disable(logging.WARNING)
     loaded = load_clip(str(path))
     logging.disable(logging.NOTSET)
-    lively(loaded.model)
+    enliven(loaded.model)
     return request.param, loaded, sample(loaded.model, 4)
 
 
@@ -74,6 +77,19 @@ def test_every_published_name_belongs_to_a_family(name):
     assert family_of(name) in FAMILIES
 
 
+def test_the_page_of_models_has_a_row_for_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    titles = [line.split("|")[1].strip() for line in page.splitlines() if line.startswith("| ")]
+    assert sorted(titles[1:]) == sorted(BY_TITLE)
+    counts = {title: sum(family_of(name).title == title for name in open_clip.list_models()) for title in BY_TITLE}
+    for family in FAMILIES:
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {family.title} |"))
+        names = row.split("|")[2]
+        rest = re.search(r" and (\d+) more", names)
+        shown = len(names.partition(" and ")[0].split(","))
+        assert shown + int(rest[1] if rest else 0) == max(counts[family.title], 1)
+
+
 def test_explicit_equals_the_original(member):
     _, loaded, batch = member
     expected = embed(loaded.model, batch)
@@ -83,8 +99,9 @@ def test_explicit_equals_the_original(member):
     assert all(record.explicit for record in records)
     for found, wanted in zip(embed(model, batch), expected, strict=True):
         scale = wanted.abs().max()
-        assert (wanted - wanted.roll(1, 0)).abs().max() > 0.01 * scale  # samples differ
-        assert (found - wanted).abs().max() <= TOLERANCE * scale.clamp(min=1)
+        tolerance = TOLERANCE * scale.clamp(min=1)
+        assert (wanted - wanted.roll(1, 0)).abs().max() > 100 * tolerance  # samples differ
+        assert (found - wanted).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("recipe", ["vanilla", "ptq4clip"])
@@ -110,8 +127,29 @@ def test_quantizes_saves_and_loads(member, recipe, tmp_path, request):
         found = encode_image(model, batch[0]), encode_text(model, batch[1])
         for rounded, wanted in zip(found, expected, strict=True):
             assert not torch.equal(rounded, wanted)
-            assert (rounded - wanted).norm() < 0.25 * wanted.norm()  # 12 dB at 8 bits, of random weights
+            assert (rounded - wanted).norm() < 0.5 * wanted.norm()  # a wrong product gives an error of the size of 1
         save_quantized(tmp_path / "saved", model, report=report, recipe=made, identity=identity)
         again = load_quantized(tmp_path / "saved").model
         assert torch.equal(encode_image(again, batch[0]), found[0])
         assert torch.equal(encode_text(again, batch[1]), found[1])
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "levit_128s", "xcit_nano_12_p16_224", "mvitv2_tiny"])
+def test_towers_that_stay_partly_fused_say_how_much(name):
+    """Attentions of classes that are not known, and layers whose weight a forward only reads."""
+    network = timm.create_model(name, num_classes=3).eval().requires_grad_(False)
+    enliven(network)
+    fold_batchnorm(network)
+    assert not all(record.explicit for record in make_explicit(network))
+    images = torch.randn(1, *network.default_cfg["input_size"])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.nn.ModuleDict({"net": network})["net"](images)
+    counts = counter.get_flop_counts()
+    kind = type(network).__name__
+    called = {name for name in counts if name.startswith(f"{kind}.")}
+    unreached = [layer.name for layer in find_layers({"net": network}) if f"{kind}.{layer.name[4:]}" not in called]
+    made = make_recipe("vanilla", attention_products=True, exclude=tuple(unreached))
+    report = lit_clipq.quantize({"net": network}, [images], made, forward=network, dry_run=True)
+    layers = sum(sum(counts[f"{kind}.{entry.name[4:]}"].values()) for entry in report.map.quantized)
+    assert report.map.float_share == pytest.approx(1 - layers / counter.get_total_flops(), abs=1e-6)
+    assert report.map.float_share > 0

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 import lit_clipq
+from benchmarks.families import enliven
 from datamodules import ImageFolderClassification
 from lit_clipq.cli import main
 from lit_clipq.contracts import MeasuredTask
@@ -19,7 +20,6 @@ from lit_clipq.errors import CalibrationError, ConfigError, DataError, ModelErro
 from lit_clipq.models import load_classifier
 from lit_clipq.recipes import make_recipe
 from lit_clipq.tasks import ImageClassification
-from tests.models.conftest import lively
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
 SMALL = "test_vit"  # timm's own for tests: 160 pixels, 0.4 M parameters
@@ -106,7 +106,7 @@ def test_preprocessing_is_what_timm_publishes_for_the_name(name):
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_classifiers_are_quantized_by_the_same_recipes(name, recipe):
     task = make(name)
-    lively(task.model)
+    enliven(task.model)
     images = torch.randn(4, *timm.get_pretrained_cfg(name).input_size)
     with torch.no_grad():
         expected = task.logits(images)
