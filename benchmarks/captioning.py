@@ -19,7 +19,7 @@ import lit_clipq
 from benchmarks.timing import medians
 from lit_clipq.mini.world import picture
 from lit_clipq.models import LoadedCLIP, encode_image
-from lit_clipq.recipes import Vanilla
+from lit_clipq.recipes import make_recipe
 from lit_clipq.zerocap.engine import Captioner, make_captioner
 from lit_clipq.zerocap.language import LoadedLanguageModel, load_language_model
 from lit_clipq.zerocap.options import ZeroCapOptions, zerocap_options
@@ -116,7 +116,7 @@ def quantized(clip: LoadedCLIP, size: int) -> nn.Module:
     texts = clip.preprocessing.tokenizer(["a picture of a small dog", "two people near a red house", "a blue cup"])
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(3, 3, size, size, generator=generator)
-    lit_clipq.quantize(clip.model, [(images, texts)], Vanilla(attention_products=True))
+    lit_clipq.quantize(clip.model, [(images, texts)], make_recipe("vanilla", attention_products=True))
     return clip.model
 
 

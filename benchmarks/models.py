@@ -16,6 +16,7 @@ from typing import Any
 
 import open_clip
 import torch
+from lit_clipq.recipes.base import plan
 
 import lit_clipq
 from benchmarks.families import FAMILIES, Family, enliven, family_of, full_config, sample, small_config
@@ -25,7 +26,6 @@ from lit_clipq.models import encode_image, encode_text, load_clip, make_explicit
 from lit_clipq.models.configs import ModelConfig, build_model
 from lit_clipq.nn.swap import find_layers
 from lit_clipq.recipes import make_recipe
-from lit_clipq.recipes.base import plan
 
 TARGET = Path(__file__).parents[1] / "docs" / "models.md"
 RECIPE = "ptq4clip"

@@ -13,7 +13,7 @@ import torch
 import lit_clipq
 from benchmarks.timing import medians
 from lit_clipq.models import encode_image, encode_text
-from lit_clipq.recipes import BitWidths, Vanilla
+from lit_clipq.recipes import BitWidths, make_recipe
 
 
 def compare(name: str, batch: int, runs: int) -> None:
@@ -22,7 +22,7 @@ def compare(name: str, batch: int, runs: int) -> None:
     images = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     texts = loaded.preprocessing.tokenizer(["a photo of two dogs that play in the snow beside a red car"] * batch)
     quantized = copy.deepcopy(loaded.model)
-    recipe = Vanilla(bits=BitWidths.resolve({"bits": 8}), attention_products=True)
+    recipe = make_recipe("vanilla", bits=BitWidths.resolve({"bits": 8}), attention_products=True)
     report = lit_clipq.quantize(quantized, [(images, texts)], recipe)
     print(f"{name}, batch {batch}, {torch.get_num_threads()} threads, {len(report.map.quantized)} layers quantized")
     calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {

@@ -4,8 +4,9 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,31 +14,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import move_data_to_device
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lit_clipq.api import QuantizationReport, preview, quantize
+from lit_clipq.api import QuantizationReport, Quantized, preview, quantize_many
 from lit_clipq.checkpoint import Artefact, ModelIdentity, check_target, identify, read_artefact, save_quantized
-from lit_clipq.errors import CalibrationError, ConfigError
-from lit_clipq.recipes import BitWidths, Recipe, make_recipe, name_of
-from lit_clipq.recipes.widths import TOWERS
+from lit_clipq.contracts import CalibrationBatch, CalibrationData, QuantizableTask, Quantizing, RunningTrainer, require
+from lit_clipq.errors import ConfigError
+from lit_clipq.recipes import BitWidths, Recipe, compose, make_recipe
 
 log = logging.getLogger(__name__)
 
-DECIDED_BY_ARTEFACT = (
-    "recipe",
-    "bits",
-    "vision_bits",
-    "text_bits",
-    "weight_bits",
-    "activation_bits",
-    "vision_weight_bits",
-    "vision_activation_bits",
-    "text_weight_bits",
-    "text_activation_bits",
-    "include",
-    "exclude",
-    "attention_products",
-    "options",
-)
-"""Arguments of `Quantize` that a loaded model answers."""
 KEPT = "clip"
 """The root that `save` keeps and `load` brings; a head belongs to its checkpoint."""
 
@@ -52,7 +36,10 @@ class Quantize(pl.Callback):
     network is wrapped for several devices and before a checkpoint is restored.
 
     Args:
-        recipe: Name of the method (`vanilla`); null leaves the network float.
+        recipe: Name of the method (`vanilla`, `base_ptq`, `ptq4clip`, `ptq4clip_paper`); null leaves the network float.
+        stages: A method given in place, instead of `recipe`: a list of stages with their options, such as
+            `[{equalize: {}}, {grids: {softmax: twin}}, {search: {distance: l2}}]`; see `lit_clipq.stages`. The name of
+            a stage of one's own is `module.Class`.
         bits: Width of every weight and activation: 2 to 16, or 32 for float. Default 8.
         vision_bits: Width in the image tower.
         text_bits: Width in the text tower.
@@ -62,6 +49,8 @@ class Quantize(pl.Callback):
         vision_activation_bits: Width of activations in the image tower.
         text_weight_bits: Width of weights in the text tower.
         text_activation_bits: Width of activations in the text tower.
+        widths: Widths by shell pattern of layer names, on top of those above; of several that match the last one wins.
+            A number for both, `float`, or such as `w4a8`, `w4`, `a8`: `{"clip.visual.*.mlp.*": w4a8}`.
         include: Shell patterns of layer names to quantize, or one, such as `clip.visual.*`; empty means all.
         exclude: Shell patterns of layer names to leave float, or one.
         attention_products: Whether QK^T and attention x V are quantized; null takes the recipe's own default.
@@ -78,6 +67,7 @@ class Quantize(pl.Callback):
     def __init__(
         self,
         recipe: str | None = None,
+        stages: list[str | dict[str, Any]] | None = None,
         bits: int | None = None,
         vision_bits: int | None = None,
         text_bits: int | None = None,
@@ -87,6 +77,7 @@ class Quantize(pl.Callback):
         vision_activation_bits: int | None = None,
         text_weight_bits: int | None = None,
         text_activation_bits: int | None = None,
+        widths: dict[str, int | str] | None = None,
         include: list[str] | str | None = None,
         exclude: list[str] | str | None = None,
         attention_products: bool | None = None,
@@ -99,18 +90,9 @@ class Quantize(pl.Callback):
         save: str | None = None,
         load: str | None = None,
     ) -> None:
-        widths = {
-            "bits": bits,
-            "vision_bits": vision_bits,
-            "text_bits": text_bits,
-            "weight_bits": weight_bits,
-            "activation_bits": activation_bits,
-            "vision_weight_bits": vision_weight_bits,
-            "vision_activation_bits": vision_activation_bits,
-            "text_weight_bits": text_weight_bits,
-            "text_activation_bits": text_activation_bits,
-        }
-        resolved = BitWidths.resolve(widths)
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        flags = {name: value for name, value in given.items() if name.endswith("bits")}
+        resolved = BitWidths.resolve(flags, widths)
         for name, value in (
             ("calibration_samples", calibration_samples),
             ("calibration_batch_size", calibration_batch_size),
@@ -118,23 +100,23 @@ class Quantize(pl.Callback):
             if value < 1:
                 raise ConfigError(f"quantize.{name} must be at least 1, got {value}")
         self.recipe: Recipe | None = None
-        if recipe is not None:
+        if recipe is not None or stages is not None:
             chosen: dict[str, Any] = dict(options or {})
+            taken = sorted({"bits", "include", "exclude"} & set(chosen))
+            if taken:
+                raise ConfigError(f"quantize.options takes no {taken[0]}; give --quantize.{taken[0]}")
             if attention_products is not None:
                 chosen["attention_products"] = attention_products
-            self.recipe = make_recipe(
-                recipe, bits=resolved, include=_patterns(include), exclude=_patterns(exclude), **chosen
-            )
+            chosen |= {"bits": resolved, "include": _patterns(include), "exclude": _patterns(exclude)}
+            self.recipe = compose(stages, **chosen) if stages is not None else make_recipe(str(recipe), **chosen)
         self._artefact: Artefact | None = None
         if load is not None:
-            decided = {"recipe": recipe, **widths, "include": include, "exclude": exclude, "options": options}
-            decided |= {"attention_products": attention_products, "save": save, "dry_run": dry_run}
-            _refuse_beside_load([name for name, value in decided.items() if value])
+            _refuse_beside_load([n for n in (*DECIDED_BY_ARTEFACT, "save", "dry_run") if given[n]])
             self._artefact = read_artefact(load)
             self.recipe = self._artefact.recipe
         self.save = None if save is None else Path(save)
-        for flag, given in (("save", save is not None), ("dry_run", dry_run)):
-            if given and not self.active:
+        for flag, asked in (("save", save is not None), ("dry_run", dry_run)):
+            if asked and not self.active:
                 raise ConfigError(
                     f"--quantize.{flag} was given, but nothing is quantized: "
                     f"give --quantize.recipe and less than 32 bits, or leave out --quantize.{flag}"
@@ -146,13 +128,14 @@ class Quantize(pl.Callback):
         self.dry_run = dry_run
         self.paused = False
         self.report: QuantizationReport | None = None
+        self._quantized: Quantized | None = None
 
     @property
     def active(self) -> bool:
         """Whether the run is to quantize anything at all."""
-        return self.recipe is not None and not self.recipe.bits.all_float
+        return self.recipe is not None and not self.recipe.bits.all_float()
 
-    def preflight(self, trainer: pl.Trainer, pl_module: Any, *, weights_are_final: bool) -> None:
+    def preflight(self, trainer: RunningTrainer, pl_module: QuantizableTask, *, weights_are_final: bool) -> None:
         """Refuse what cannot be saved or loaded in the end, before anything is evaluated.
 
         Args:
@@ -181,18 +164,34 @@ class Quantize(pl.Callback):
             run = _identify(pl_module, with_weights=weights_are_final)
             self._artefact.identity.check_serves(run, self._artefact.folder)
 
+    def reset(self) -> None:
+        """Give the network back in float, to the bit, so that it can be measured and quantized again.
+
+        Raises:
+            ConfigError: If the float weights are gone: after a `fit`, or where a saved model was loaded.
+        """
+        if self.report is None:
+            return
+        if self._quantized is None:
+            raise ConfigError(
+                "this network was quantized by an earlier run that did not keep its float weights (a fit, or a model "
+                "that was loaded); make a new task and a new Trainer"
+            )
+        self._quantized.remove()
+        self._quantized = self.report = None
+
     def fingerprint(self) -> str:
         """Return everything that decides the quantized network beside model and data, as text."""
         artefact = None if self._artefact is None else repr(self._artefact.identity.to_json())
         drawn = (self.calibration_samples, self.calibration_batch_size, self.seed)
         return repr((self.recipe, drawn, artefact))
 
-    def _choose_roots(self, pl_module: Any) -> None:
+    def _choose_roots(self, pl_module: QuantizableTask) -> None:
         """Let a task with networks that are quantized on demand know which patterns the run has."""
-        if self.recipe is not None and hasattr(pl_module, "offer_roots"):
+        if self.recipe is not None:
             pl_module.offer_roots(self.recipe.include)
 
-    def _check_kept(self, pl_module: Any) -> None:
+    def _check_kept(self, pl_module: QuantizableTask) -> None:
         """Refuse to save where a network is quantized that a saved model does not hold; a float head is no matter."""
         roots = pl_module.roots()
         if self.save is None or self.recipe is None or set(roots) == {KEPT}:
@@ -209,7 +208,7 @@ class Quantize(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """In `fit`: quantize here, on the device of this process."""
         if stage == TrainerFn.FITTING and self.active:
-            self.preflight(trainer, pl_module, weights_are_final=True)
+            self.preflight(trainer, require(pl_module, QuantizableTask), weights_are_final=True)
             pl_module.to(trainer.strategy.root_device)
             self._apply(trainer, pl_module)
 
@@ -222,10 +221,11 @@ class Quantize(pl.Callback):
         """In `test`: quantize before the first batch."""
         self._apply(trainer, pl_module)
 
-    def _apply(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _apply(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self.active or self.report is not None or self.recipe is None:
             return
-        if trainer.state.fn != TrainerFn.FITTING and hasattr(pl_module, "prepare_weights"):
+        pl_module = require(module, QuantizableTask)
+        if trainer.state.fn != TrainerFn.FITTING:
             pl_module.prepare_weights()  # a head that no checkpoint brought
         self._choose_roots(pl_module)
         if self._artefact is not None:
@@ -240,19 +240,23 @@ class Quantize(pl.Callback):
             return
         identity = _identify(pl_module) if self.save is not None and trainer.is_global_zero else None
 
-        def forward(batch: Any) -> Any:
+        def forward(batch: CalibrationBatch) -> Any:
             return pl_module.calibration_forward(move_data_to_device(batch, pl_module.device))
 
         with torch.inference_mode(False), torch.enable_grad(), _progress(trainer) as progress:
-            self.report = quantize(
+            (quantized,) = quantize_many(
                 pl_module.roots(),
                 batches,
-                recipe,
+                [recipe],
                 forward=forward,
                 dry_run=self.dry_run,
                 memory_limit_bytes=None if self.memory_limit_gb is None else int(self.memory_limit_gb * 1e9),
                 progress=progress,
             )
+            quantized.install()
+        self.report = quantized.report
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._quantized = quantized
         log.info("quantized %d layers in %.1f s", len(self.report.map.quantized), self.report.seconds)
         pl_module.variant = _in_words(recipe)
         if self.dry_run:
@@ -262,17 +266,12 @@ class Quantize(pl.Callback):
             save_quantized(self.save, clip, report=self.report, recipe=recipe, identity=identity)
 
     def _calibration_batches(self, trainer: pl.Trainer) -> Any:
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(datamodule, "calibration_dataloader"):
-            raise CalibrationError(
-                f"expected a datamodule with `calibration_dataloader`, got {type(datamodule).__name__}; "
-                "use one of `datamodules`"
-            )
-        return datamodule.calibration_dataloader(
+        data = require(trainer.datamodule, CalibrationData)  # type: ignore[attr-defined]
+        return data.calibration_dataloader(
             samples=self.calibration_samples, batch_size=self.calibration_batch_size, seed=self.seed
         )
 
-    def _load(self, artefact: Artefact, pl_module: Any) -> None:
+    def _load(self, artefact: Artefact, pl_module: QuantizableTask) -> None:
         artefact.identity.check_serves(_identify(pl_module), artefact.folder)
         self.report = artefact.load_into({KEPT: pl_module.roots()[KEPT]})
         pl_module.variant = _in_words(artefact.recipe)
@@ -305,15 +304,14 @@ def _patterns(given: list[str] | str | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given or ())
 
 
-def _for_task(recipe: Recipe, pl_module: Any) -> Recipe:
+def _for_task(recipe: Recipe, pl_module: QuantizableTask) -> Recipe:
     """Leave out the layers that the task has and does not use; its calibration batches do not reach them."""
-    unused = tuple(getattr(pl_module, "unused_layers", tuple)())
+    unused = pl_module.unused_layers()
     return replace(recipe, exclude=(*recipe.exclude, *unused)) if unused else recipe
 
 
 def _in_words(recipe: Recipe) -> str:
-    widths = [f"{t} W{getattr(recipe.bits, f'{t}_weight')}A{getattr(recipe.bits, f'{t}_activation')}" for t in TOWERS]
-    return f"{name_of(recipe)}, {', '.join(widths)}"
+    return f"{recipe.name}, {recipe.bits.in_words()}"
 
 
 def _refuse_beside_load(names: list[str]) -> None:
@@ -324,11 +322,16 @@ def _refuse_beside_load(names: list[str]) -> None:
         )
 
 
-def _identify(pl_module: Any, *, with_weights: bool = True) -> ModelIdentity:
-    loaded = getattr(pl_module, "loaded", None)
-    if loaded is None:
-        raise ConfigError(
-            f"expected a task that keeps its CLIP as `loaded`, got {type(pl_module).__name__}; "
-            "leave out --quantize.save and --quantize.load"
-        )
-    return identify(loaded, with_weights=with_weights)
+def _identify(pl_module: QuantizableTask, *, with_weights: bool = True) -> ModelIdentity:
+    return identify(pl_module.loaded, with_weights=with_weights)
+
+
+OF_THE_RUN = {"calibration_samples", "calibration_batch_size", "seed", "memory_limit_gb", "dry_run", "save", "load"}
+DECIDED_BY_ARTEFACT = tuple(name for name in signature(Quantize).parameters if name not in OF_THE_RUN)
+"""Arguments of `Quantize` that a loaded model answers."""
+
+if TYPE_CHECKING:
+
+    def _fulfils(callback: Quantize) -> Quantizing[Recipe, QuantizationReport]:
+        """Hold the callback against what the Trainer asks of it."""
+        return callback

@@ -3,7 +3,7 @@
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +18,11 @@ from lit_clipq.calibration.passes import CalibrationSet
 from lit_clipq.calibration.profile import Profile, merged, profile
 from lit_clipq.calibration.results import LayerResult
 from lit_clipq.calibration.session import Session
-from lit_clipq.distributed import check_same_on_all_ranks, gather
+from lit_clipq.distributed import check_same_on_all_ranks, gather, world_size
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
+from lit_clipq.inputs import check_batches, check_model
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, has_end_token_rule, make_explicit, text_lengths
 from lit_clipq.nn.layout import ROWS
-from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import Layer, QuantizationMap, find_layers, towers
 from lit_clipq.recipes import Recipe
@@ -118,8 +118,8 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a network in place, after training, from a few unlabelled batches.
 
-    Attention is made explicit and BatchNorm folded first (the function stays the same); then the recipe's stages run, and
-    frozen layers take the places of the float ones. If calibration fails the network stays float.
+    Attention is made explicit and BatchNorm folded first (the function stays the same); then the recipe's stages run,
+    and frozen layers take the places of the float ones. If calibration fails the network stays float.
 
     Args:
         model: A CLIP, called `clip` in layer names, or named networks.
@@ -180,9 +180,10 @@ def quantize_many(
 ) -> list[Quantized]:
     """Quantize one network in several ways from one collection of observations.
 
-    With float inputs a layer's grids depend on its own width alone, so recipes that differ in widths, patterns or stages
-    share every pass over the calibration set, and layers of which they want the same are fitted once. Each result equals
-    that of `quantize` to the bit. The network stays float, its attention explicit, until one of them is installed.
+    With float inputs a layer's grids depend on its own width alone, so recipes that differ in widths, patterns or
+    stages share every pass over the calibration set, and layers of which they want the same are fitted once. Each
+    result equals that of `quantize` to the bit. The network stays float, its attention explicit, until one of them is
+    installed.
 
     Args:
         model: As for `quantize`.
@@ -218,6 +219,9 @@ def quantize_many(
     roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
     started = time.perf_counter()
     with torch.inference_mode(False), torch.enable_grad():
+        check_model(roots)
+        if world_size() == 1 or not isinstance(batches, Sized) or len(batches):  # another rank may hold all of them
+            batches = check_batches(batches, pairs=forward is None)
         work = _Work(roots, list(batches), forward or _clip_forward(roots), texts or _second_of_pair)
         work.memory_limit_bytes = memory_limit_bytes
         return work.run(recipes, started, dry_run=dry_run, progress=progress)
@@ -291,10 +295,9 @@ class _Work:
             make_explicit(root)
         self.layers = find_layers(self.roots)
         if not any(layer.kind.operands for layer in self.layers):
-            quantized = any(isinstance(m, QModule) for root in self.roots.values() for m in root.modules())
-            hint = "it is quantized already; load it anew" if quantized else "give a network that has some"
             raise ConfigError(
-                f"expected linear, convolution or matrix product layers in {', '.join(self.roots)}: {hint}"
+                f"expected linear, convolution or matrix product layers in {', '.join(self.roots)}; give a network "
+                "that has some"
             )
         self.data = CalibrationSet(self.batches, self.forward, self._lengths())
         self.cost: Profile | None = None
@@ -310,7 +313,7 @@ class _Work:
         return planned.with_macs(self.cost.macs)
 
     def _lengths(self) -> Callable[[Batch], Tensor | None]:
-        """Return what tells the valid positions of a batch's texts; `None` where the text tower has no end-token rule."""
+        """Return what tells the valid positions of a batch's texts, where the text tower has the end-token rule."""
         clip = self.roots.get("clip")
         self.text_rule = clip is not None and has_end_token_rule(clip)
         if clip is None or not self.text_rule:

@@ -414,6 +414,13 @@ class Quantizing(Protocol[RecipeT_co, ReportT_co]):
     def active(self) -> bool:
         """Whether the run quantizes anything."""
 
+    def reset(self) -> None:
+        """Give the network back in float, if it was quantized by an earlier run.
+
+        Raises:
+            ConfigError: If the float weights are gone.
+        """
+
     def fingerprint(self) -> str:
         """Return everything that decides the quantized network beside model and data, as text."""
 

@@ -1,6 +1,5 @@
 """A Trainer whose `validate` and `test` measure the float network first, then the quantized one."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import logging
@@ -27,7 +26,7 @@ from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
-from lit_clipq.recipes import Recipe, name_of
+from lit_clipq.recipes import Recipe
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
@@ -160,11 +159,7 @@ class QuantTrainer(Trainer):
 
         if callback is None or task is None or (callback.dry_run and callback.active):
             return run()
-        if callback.report is not None:
-            raise ConfigError(
-                "this network was quantized by an earlier run and cannot be measured in float any more; "
-                "make a new task and a new Trainer"
-            )
+        callback.reset()
         if self.is_global_zero:
             _check_writable(Path(self.results))
         if ckpt_path is None:
@@ -283,7 +278,7 @@ class QuantTrainer(Trainer):
             task=type(task).__name__,
             model=task.model_name,
             pretrained=task.pretrained,
-            recipe=name_of(recipe) if recipe else None,
+            recipe=recipe.name if recipe else None,
             bits=asdict(recipe.bits) if recipe else None,
             float_metrics=measured.metrics,
             quantized_metrics=quantized.metrics,
@@ -297,8 +292,8 @@ class QuantTrainer(Trainer):
             versions=versions(),
             seed=callback.seed,
             layers={name: asdict(layer) for name, layer in report.layers.items()} if report else {},
-            equalized=report.equalized if report else {},
-            quantize_options=_jsonable(asdict(recipe)) if recipe else {},
+            stages=report.stages if report else {},
+            quantize_options=recipe.to_json() if recipe else {},
         )
 
 
@@ -369,11 +364,3 @@ def _check_limit(name: str, limit: int | float) -> None:
             f"--trainer.{name} 0 leaves nothing to evaluate; give 1 or more batches, a share between 0 and 1, or leave "
             "it out"
         )
-
-
-def _jsonable(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value if isinstance(value, str | int | float | bool | list | dict | type(None)) else str(value)
-        for key, value in ((k, list(v) if isinstance(v, tuple) else v) for k, v in options.items())
-        if not dataclasses.is_dataclass(value)
-    }

@@ -10,7 +10,7 @@ from lit_clipq.api import preview, quantize
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QModule
-from lit_clipq.recipes import BitWidths, Vanilla
+from lit_clipq.recipes import BitWidths, make_recipe
 
 
 class Net(nn.Module):
@@ -42,13 +42,15 @@ def batches():
 
 
 def run(net, batches, recipe=None, **options):
-    return quantize({"net": net}, batches, recipe or Vanilla(attention_products=True), forward=net, **options)
+    return quantize(
+        {"net": net}, batches, recipe or make_recipe("vanilla", attention_products=True), forward=net, **options
+    )
 
 
 def test_ranges_are_the_extremes_over_all_batches(net, batches):
     with torch.no_grad():
         inputs = torch.cat([net.conv(x).flatten(2).reshape(-1) for x in batches])
-    run(net, batches, Vanilla(bits=BitWidths.resolve({"bits": 8}), attention_products=True))
+    run(net, batches, make_recipe("vanilla", bits=BitWidths.resolve({"bits": 8}), attention_products=True))
     quantizer = net.product.input_quantizers["a"]
     low, high = inputs.min().clamp(max=0), inputs.max().clamp(min=0)
     assert quantizer.scale == (high - low) / 255
@@ -60,7 +62,7 @@ def test_error_shrinks_with_the_width(net, batches):
     errors = []
     for bits in (2, 4, 6, 8, 12):
         copied = copy.deepcopy(net)
-        run(copied, batches, Vanilla(bits=BitWidths.resolve({"bits": bits})))
+        run(copied, batches, make_recipe("vanilla", bits=BitWidths.resolve({"bits": bits})))
         errors.append((copied(batches[0]) - expected).norm().item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.01 * expected.norm()
@@ -68,13 +70,13 @@ def test_error_shrinks_with_the_width(net, batches):
 
 def test_32_bits_touch_nothing(net, batches):
     before = {name: type(module) for name, module in net.named_modules()}
-    report = run(net, batches, Vanilla(bits=BitWidths.resolve({"bits": 32})))
+    report = run(net, batches, make_recipe("vanilla", bits=BitWidths.resolve({"bits": 32})))
     assert {name: type(module) for name, module in net.named_modules()} == before
     assert report.float_bytes == report.quantized_bytes
 
 
 def test_the_map_counts_every_product_also_those_outside_of_layers(net, batches):
-    report = run(net, batches, Vanilla(exclude=("net.linear",)))
+    report = run(net, batches, make_recipe("vanilla", exclude=("net.linear",)))
     macs = {entry.name: entry.macs for entry in report.map.entries}
     assert macs["net.conv"] == 9 * 4 * 12
     assert macs["net.product"] == 4 * 4 * 9
@@ -84,7 +86,7 @@ def test_the_map_counts_every_product_also_those_outside_of_layers(net, batches)
 
 
 def test_sizes_are_of_the_stored_network(net, batches):
-    report = run(net, batches, Vanilla(bits=BitWidths.resolve({"bits": 4})))
+    report = run(net, batches, make_recipe("vanilla", bits=BitWidths.resolve({"bits": 4})))
     assert report.float_bytes == sum(p.numel() for p in net.parameters()) * 4 + (4 * 12 + 4 * 6) * 4
     assert report.quantized_bytes < report.float_bytes
     assert report.seconds > 0
@@ -125,7 +127,7 @@ def test_layers_that_no_batch_reaches_are_named(net, batches):
     net.unused = nn.Linear(2, 2)
     with pytest.raises(CalibrationError, match=r"layer net\.unused saw 0 calibration batches"):
         run(net, batches)
-    run(net, batches, Vanilla(exclude=("net.unused",)))
+    run(net, batches, make_recipe("vanilla", exclude=("net.unused",)))
 
 
 def test_an_empty_calibration_set_is_refused(net):
@@ -156,21 +158,21 @@ def test_towers_at_32_bits_each_touch_nothing(net, batches):
     assert not bits.all_float  # other networks would have 8 bits
     clip = nn.ModuleDict({"visual": net})
     before = {name: type(module) for name, module in clip.named_modules()}
-    report = quantize({"clip": clip}, batches, Vanilla(bits=bits), forward=net)
+    report = quantize({"clip": clip}, batches, make_recipe("vanilla", bits=bits), forward=net)
     assert {name: type(module) for name, module in clip.named_modules()} == before
     assert report.map.entries == ()
 
 
 def test_a_recipe_that_leaves_every_layer_float_is_refused(net, batches):
     with pytest.raises(ConfigError, match=r"no layer is left to quantize, net\.conv: excluded by '\*'"):
-        run(net, batches, Vanilla(exclude=("*",)))
+        run(net, batches, make_recipe("vanilla", exclude=("*",)))
 
 
 def test_a_preview_plans_without_touching_the_network(net):
     before = {name: type(module) for name, module in net.named_modules()}
-    planned = preview({"net": net}, Vanilla(attention_products=True))
+    planned = preview({"net": net}, make_recipe("vanilla", attention_products=True))
     assert [entry.name for entry in planned.quantized] == ["net.conv", "net.product", "net.linear"]
     assert {name: type(module) for name, module in net.named_modules()} == before
     assert not any(p.is_meta for p in net.parameters())
     with pytest.raises(ConfigError, match="matches none"):
-        preview({"net": net}, Vanilla(include=("visual",)))
+        preview({"net": net}, make_recipe("vanilla", include=("visual",)))

@@ -18,7 +18,7 @@ from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.quantizer import LogQuantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.nn.size import stored_bytes
-from lit_clipq.recipes import BitWidths, Vanilla
+from lit_clipq.recipes import BitWidths, make_recipe
 
 JSON, TENSORS = "quantization.json", "model.safetensors"
 
@@ -46,7 +46,7 @@ def make(name="mini-vit", recipe=None, *, precision="fp32", **widths):
     torch.manual_seed(0)
     clip = lit_clipq.load_clip(name, precision=precision)
     identity = identify(clip)
-    recipe = recipe or Vanilla(bits=BitWidths.resolve(widths), attention_products=True, embeddings=True)
+    recipe = recipe or make_recipe("vanilla", bits=BitWidths.resolve(widths), attention_products=True, embeddings=True)
     images, texts = inputs(clip)
     batch = images.to(clip.model.visual.conv1.weight.dtype), texts
     report = lit_clipq.quantize(clip.model, [batch], recipe)

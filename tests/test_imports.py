@@ -1,6 +1,7 @@
 """Who may import whom: the table of docs/decisions.md, read off the source with `ast`."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,79 +9,29 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "docs/decisions.md"
+TOP_LEVEL = ("datamodules", "callbacks")
 ANYWHERE = {"lit_clipq.errors", "lit_clipq.paths", "lit_clipq.contracts", "lit_clipq"}
-# package -> the parts of this project it may import beside itself
-ALLOWED = {
-    "lit_clipq.errors": set(),
-    "lit_clipq.paths": set(),
-    "lit_clipq.contracts": set(),
-    "lit_clipq.functional": set(),
-    "lit_clipq.distributed": set(),
-    "lit_clipq.nn": {"lit_clipq.functional"},
-    "lit_clipq.mini": set(),
-    "lit_clipq.inputs": {"lit_clipq.nn"},
-    "lit_clipq.models": {"lit_clipq.nn.matmul", "lit_clipq.nn.attention", "lit_clipq.mini"},
-    "lit_clipq.zerocap": {"lit_clipq.models", "lit_clipq.nn", "lit_clipq.mini"},
-    "lit_clipq.calibration": {"lit_clipq.functional", "lit_clipq.nn", "lit_clipq.distributed", "lit_clipq.search"},
-    "lit_clipq.search": {"lit_clipq.functional", "lit_clipq.nn", "lit_clipq.calibration", "lit_clipq.distributed"},
-    "lit_clipq.recipes": {
-        "lit_clipq.functional",
-        "lit_clipq.nn",
-        "lit_clipq.calibration",
-        "lit_clipq.search",
-        "lit_clipq.models",
-        "lit_clipq.distributed",
-    },
-    "lit_clipq.api": {
-        "lit_clipq.models",
-        "lit_clipq.nn",
-        "lit_clipq.calibration",
-        "lit_clipq.search",
-        "lit_clipq.recipes",
-        "lit_clipq.distributed",
-    },
-    "lit_clipq.checkpoint": {
-        "lit_clipq.functional",
-        "lit_clipq.nn",
-        "lit_clipq.models",
-        "lit_clipq.recipes",
-        "lit_clipq.api",
-    },
-    "lit_clipq.metrics": set(),
-    "lit_clipq.features": {"lit_clipq.models", "lit_clipq.distributed"},
-    "lit_clipq.tasks": {
-        "lit_clipq.models",
-        "lit_clipq.zerocap",
-        "lit_clipq.metrics",
-        "lit_clipq.features",
-        "lit_clipq.mini",
-    },
-    "lit_clipq.analysis": {
-        "lit_clipq.metrics.functional",
-        "lit_clipq.nn",
-        "lit_clipq.recipes",
-        "lit_clipq.calibration",
-        "lit_clipq.models",
-    },
-    "lit_clipq.trainer": {
-        "lit_clipq.analysis",
-        "lit_clipq.api",
-        "lit_clipq.checkpoint",
-        "lit_clipq.metrics.functional",
-        "lit_clipq.nn",
-        "lit_clipq.recipes",
-    },
-    "lit_clipq.cli": {"lit_clipq", "callbacks", "datamodules"},
-    "datamodules": {"lit_clipq.models", "lit_clipq.mini", "lit_clipq.metrics.functional"},
-    "callbacks": {
-        "lit_clipq.api",
-        "lit_clipq.calibration",
-        "lit_clipq.checkpoint",
-        "lit_clipq.recipes",
-        "lit_clipq.nn",
-        "lit_clipq.analysis",
-    },
-}
+
+
+def full(name: str) -> str:
+    return name if name in TOP_LEVEL else f"lit_clipq.{name}"
+
+
+def read_table() -> dict[str, set[str]]:
+    """Return package -> the parts of this project it may import beside itself, as the page has it."""
+    page = TABLE.read_text(encoding="utf-8").partition("## Who may import whom")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    allowed = {}
+    for packages, imports in rows:
+        names = set(map(full, re.findall(r"`([\w.]+)`", imports)))
+        if imports.strip() == "everything":
+            names = {"lit_clipq", *TOP_LEVEL}
+        allowed |= {full(package): names for package in re.findall(r"`([\w.]+)`", packages)}
+    return allowed
+
+
+ALLOWED = read_table()
 WITHOUT_LIGHTNING = ("lit_clipq.tasks", "lit_clipq.trainer", "lit_clipq.cli", "datamodules", "callbacks")
 
 
@@ -115,13 +66,27 @@ SOURCES = sources()
 def test_imports_point_one_way(module):
     if module == "lit_clipq":
         return
-    owner = max((package for package in ALLOWED if inside(module, package)), key=len, default=None)
-    assert owner is not None, f"{module} is in no package of the table"
+    room = owner(module)
+    assert room is not None, f"{module} is in no package of the table"
     for name in imports(SOURCES[module]):
         if not any(inside(name, top) for top in ("lit_clipq", "datamodules", "callbacks")) or name in ANYWHERE:
             continue
-        allowed = inside(name, owner) or any(inside(name, package) for package in ALLOWED[owner])
+        allowed = inside(name, room) or any(inside(name, package) for package in ALLOWED[room])
         assert allowed, f"{module} imports {name}"
+
+
+def test_the_table_names_every_room_and_has_no_circles():
+    rooms = {name for name in SOURCES if name.count(".") <= 1 and name != "lit_clipq"} - {"lit_clipq.configs"}
+    assert {name.split(".")[0] if name.split(".")[0] in TOP_LEVEL else name for name in rooms} == set(ALLOWED)
+    done: list[str] = []
+    while len(done) < len(ALLOWED):
+        free = [p for p in ALLOWED if p not in done and all(owner(x) in (*done, p) for x in ALLOWED[p] if owner(x))]
+        assert free, f"a circle among {sorted(set(ALLOWED) - set(done))}"
+        done += free
+
+
+def owner(module: str) -> str | None:
+    return max((package for package in ALLOWED if inside(module, package)), key=len, default=None)
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))

@@ -31,7 +31,7 @@ class Comparison:
     model: str
     pretrained: str | None
     recipe: str | None
-    bits: dict[str, int] | None
+    bits: dict[str, Any] | None
     float_metrics: dict[str, float]
     quantized_metrics: dict[str, float]
     differences: dict[str, Interval]
@@ -46,8 +46,8 @@ class Comparison:
     quantize_options: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     """Per layer: objective before and after the search, SQNR in dB, clipped share, seconds."""
-    equalized: dict[str, float] = field(default_factory=dict)
-    """Expected error over that without equalising, by the name of what makes the channels."""
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What each stage of the recipe says of itself."""
 
     @property
     def float_macs_share(self) -> float:
@@ -74,7 +74,7 @@ class Comparison:
             "float_macs_share": self.float_macs_share,
             "quantize": self.quantize_options,
             "layers": self.layers,
-            "equalized": self.equalized,
+            "stages": self.stages,
             "map": self.map.to_json(),
             "versions": self.versions,
             "seed": self.seed,

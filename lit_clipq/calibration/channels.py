@@ -1,4 +1,4 @@
-"""Channels that one module of a block makes and linear layers of the block read: who, and what the set shows of them."""
+"""Channels that one module of a block makes and linear layers of the block read."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,8 +75,8 @@ class _Maker:
 class ChannelObserver(Observer):
     """Finds out who makes channels for whom, and looks at them.
 
-    A LayerNorm makes what a linear layer of the same block reads, if that is rows of what it returned last; a projection
-    to values makes what the output projection of its attention reads.
+    A LayerNorm makes what a linear layer of the same block reads, if that is rows of what it returned last; a
+    projection to values makes what the output projection of its attention reads.
 
     Args:
         modules: Every module by its name.

@@ -33,7 +33,7 @@ class Observer(ABC):
     def hooks(self) -> Iterator[RemovableHandle]:
         """Put hooks into the network, one after the other; whoever asked for them removes them."""
 
-    def end(self, outputs: Any) -> None:
+    def end(self, outputs: Any) -> None:  # noqa: B027 - most observers see all they want in their hooks
         """End a batch; `outputs` is what the forward returned. Its backward pass, if any, is done."""
 
     @property

@@ -1,8 +1,8 @@
 """Collect, for every layer, its operands and the squared gradient of the loss by its output.
 
-One forward and one backward pass serve all layers at once. Products are cut into units (`lit_clipq.nn.layout`); each has
-a key made of global sample number and place, the same on every rank, so that samples of the data do not depend on how it
-was sharded.
+One forward and one backward pass serve all layers at once. Products are cut into units (`lit_clipq.nn.layout`); each
+has a key made of global sample number and place, the same on every rank, so that samples of the data do not depend on
+how it was sharded.
 """
 
 from collections.abc import Callable, Iterator, Mapping

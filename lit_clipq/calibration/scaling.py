@@ -1,7 +1,7 @@
 """Channels divided by powers of two where they are made and multiplied where they are read.
 
-The function of the network stays the same to the bit. So does what was observed of it, up to these factors: it is scaled
-when it is looked at, and one collection serves networks whose channels are scaled differently.
+The function of the network stays the same to the bit. So does what was observed of it, up to these factors: it is
+scaled when it is looked at, and one collection serves networks whose channels are scaled differently.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
 """A saved quantized model: what it says about itself, and how a network becomes it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models import fold_batchnorm, make_explicit
 from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import MapEntry, QuantizationMap
-from lit_clipq.recipes import Recipe, make_recipe
+from lit_clipq.recipes import Recipe, recipe_from_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Artefact:
                 root.eval()
                 fold_batchnorm(root)
                 make_explicit(root)
-            install(roots, self.content["modules"], state)
+            install(roots, self.content["modules"], self.content["structure"], state)
         return QuantizationReport(
             recipe=self.content["recipe"]["name"],
             map=QuantizationMap(tuple(MapEntry(**entry) for entry in self.content["map"])),
@@ -68,7 +68,8 @@ class Artefact:
             memory_bytes=0,
             samples=self.content["calibration"]["samples"],
             layers={},
-            equalized=self.content.get("equalized", {}),
+            stages=self.content["stages"],
+            structure=tuple(self.content["structure"]),
         )
 
 
@@ -80,7 +81,10 @@ def read_artefact(path: Path | str) -> Artefact:
             recipe one that this version has not.
     """
     folder = Path(path)
-    content = read_content(folder)
+    try:
+        content = read_content(folder)
+    except ConfigError as error:
+        raise ModelError(f"the artefact {folder} was made by a recipe of another version: {error}") from error
     return Artefact(
         folder, ModelIdentity.from_json(content["model"], folder), _recipe(folder, content["recipe"]), content
     )
@@ -88,22 +92,6 @@ def read_artefact(path: Path | str) -> Artefact:
 
 def _recipe(folder: Path, saved: Mapping[str, Any]) -> Recipe:
     try:
-        default = make_recipe(saved["name"])
-        options = {name: _restore(getattr(default, name, None), value) for name, value in saved["options"].items()}
-        return make_recipe(saved["name"], **options)
+        return recipe_from_json(saved)
     except ConfigError as error:
         raise ModelError(f"the artefact {folder} was made by a recipe of another version: {error}") from error
-
-
-def _restore(default: Any, value: Any) -> Any:
-    """Give a JSON value the type of an option's default: tuples and nested options."""
-    if is_dataclass(default) and isinstance(value, dict):
-        kind: Any = type(default)
-        known = {field.name for field in fields(default)}
-        if set(value) - known:
-            raise ConfigError(f"{kind.__name__} has no option {', '.join(sorted(set(value) - known))}")
-        return kind(**{name: _restore(getattr(default, name), item) for name, item in value.items()})
-    if isinstance(value, list):
-        item = default[0] if isinstance(default, tuple) and default else None
-        return tuple(_restore(item, entry) for entry in value)
-    return value

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_clipq.checkpoint.identity import VOCABULARY_FILE
+from lit_clipq.checkpoint.version1 import upgraded
 from lit_clipq.errors import ConfigError, ModelError
 
 FORMAT = "lit_clipq quantized model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 TENSORS_FILE, CONTENT_FILE = "model.safetensors", "quantization.json"
 _FILES = {TENSORS_FILE, CONTENT_FILE, VOCABULARY_FILE}
 
@@ -94,14 +96,15 @@ def read_content(path: Path) -> dict[str, Any]:
         raise ModelError(f"{file} is damaged and cannot be read as JSON ({error}); save the model again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(f"{file} does not describe a quantized model of this program; give a folder made by save")
-    if content.get("format_version") != FORMAT_VERSION:
+    if content.get("format_version") not in READABLE:
         raise ModelError(
             f"{file} has format version {content.get('format_version')}, but this version of lit_clipq reads "
-            f"{FORMAT_VERSION}; use the version that wrote it ({_writer(content)}) or save the model again"
+            f"{' and '.join(map(str, READABLE))}; use the version that wrote it ({_writer(content)}) or save the "
+            "model again"
         )
     if content.pop("checksum", None) != _content_hash(content):
         raise ModelError(f"{file} was edited or damaged: its checksum is wrong; save the model again")
-    return content
+    return upgraded(content) if content["format_version"] == 1 else content
 
 
 def check_files(path: Path, files: Mapping[str, str]) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_clipq.contracts import LoadedModel
 from lit_clipq.errors import ModelError
-from lit_clipq.models import LoadedCLIP
 from lit_clipq.models.configs import ModelConfig
 from lit_clipq.models.hashing import state_hash
 from lit_clipq.nn.modules import QModule
@@ -80,7 +80,7 @@ class ModelIdentity:
             )
 
 
-def identify(loaded: LoadedCLIP, *, with_weights: bool = True) -> ModelIdentity:
+def identify(loaded: LoadedModel, *, with_weights: bool = True) -> ModelIdentity:
     """Take the identity of a float CLIP, for `save_quantized`; call it before `quantize`.
 
     Args:

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lit_clipq.errors import ConfigError
 from lit_clipq.models import LoadedCLIP
 from lit_clipq.models.loading import build_clip
 from lit_clipq.nn.modules import Phase
-from lit_clipq.recipes import Recipe, name_of
+from lit_clipq.recipes import Recipe
 
 _PACKAGES = ("torch", "open_clip_torch", "timm", "safetensors")
 _INITIALISERS = {"normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"}
@@ -69,9 +68,10 @@ def save_quantized(
     content = {
         "versions": _versions(),
         "model": identity.to_json(),
-        "recipe": {"name": name_of(recipe), "options": asdict(recipe)},
+        "recipe": recipe.to_json(),
         "calibration": {"samples": report.samples, "seconds": report.seconds, "passes": report.passes},
-        "equalized": report.equalized,
+        "stages": report.stages,
+        "structure": [dict(entry) for entry in report.structure],
         "size_bytes": {"float": report.float_bytes, "quantized": report.quantized_bytes},
         "map": report.map.to_json(),
         "modules": describe_modules(roots),

@@ -1,6 +1,6 @@
 """From a quantized network to tensors on disk and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lit_clipq.errors import ModelError
 from lit_clipq.functional.packing import pack_codes, unpack_codes
 from lit_clipq.nn.modules import Phase, QModule, QWeighted
+from lit_clipq.nn.structure import replay
 from lit_clipq.nn.swap import Layer, find_layers, swap, unswap
 
-_CODES = "weight_codes"
 _WHOLE_WIDTHS = (8, 16)
 
 
@@ -88,12 +88,18 @@ def restore_tensors(tensors: Mapping[str, Tensor], table: Mapping[str, Any]) -> 
     return {name: state[entry.get("same_as", name)] for name, entry in table.items()}
 
 
-def install(roots: Mapping[str, nn.Module], modules: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Swap Q-modules into explicit float networks and give them, and everything else, the stored state.
+def install(
+    roots: Mapping[str, nn.Module],
+    modules: Mapping[str, Any],
+    structure: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Swap Q-modules into explicit float networks, replay the structure, and give them the stored state.
 
     Args:
         roots: Float networks, BatchNorm folded and attention explicit; their layers stay float if this fails.
         modules: From `describe_modules`.
+        structure: Of the report; see `lit_clipq.nn.structure`.
         state: From `restore_tensors`.
 
     Raises:
@@ -103,22 +109,33 @@ def install(roots: Mapping[str, nn.Module], modules: Mapping[str, Any], state: M
     _refuse_names("layers that the network has not", {name for name in modules if not _fits(modules, layers, name)})
     chosen = [layers[name] for name in modules]
     devices = {name: next(root.parameters()).device for name, root in roots.items()}
-    swapped = swap(
-        roots,
-        chosen,
-        lambda layer: QModule.from_config(modules[layer.name], layer.module).to(devices[layer.name.partition(".")[0]]),
-    )
+    swapped = swap(roots, chosen, lambda layer: _built(layer, modules[layer.name]))
     try:
-        _load(roots, {name: value for name, value in state.items() if not name.endswith(_CODES)})
+        replay(structure, swapped)
+        _check_tensors(roots, state)
+        for root, network in roots.items():
+            own = {name.partition(".")[2]: x for name, x in state.items() if name.partition(".")[0] == root}
+            missing, unexpected = network.load_state_dict(own, strict=False)
+            _refuse_names("tensors that the network has not", {f"{root}.{name}" for name in unexpected})
+            _refuse_names("no tensors of the name", {f"{root}.{name}" for name in missing})
         for name, module in swapped.items():
             if any(quantizer is not None and not quantizer.calibrated for quantizer in module.quantizers):
                 raise ModelError(f"the quantized model has no grid for layer {name}; it is damaged, save it again")
+            module.to(devices[name.partition(".")[0]])
             module.phase = Phase.QUANTIZED
-        _load(roots, {name: value for name, value in state.items() if name.endswith(_CODES)})
         _refuse_names("no tensors of the name", set(_state(roots)) - set(state))
     except BaseException:
         unswap(roots, chosen, swapped)
         raise
+
+
+def _built(layer: Layer, config: Mapping[str, Any]) -> QModule:
+    try:
+        return QModule.from_config(dict(config), layer.module)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the quantized model describes layer {layer.name} in a way that no grid takes ({error}); save it again"
+        ) from error
 
 
 def _fits(modules: Mapping[str, Any], layers: Mapping[str, Layer], name: str) -> bool:
@@ -126,14 +143,13 @@ def _fits(modules: Mapping[str, Any], layers: Mapping[str, Layer], name: str) ->
     return wanted is not None and name in layers and issubclass(wanted, cast(type, layers[name].kind.quantized_type))
 
 
-def _load(roots: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-    """Set every tensor of `state`; the grids of codes must be there."""
+def _check_tensors(roots: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that have no place in the networks, or another type or shape than what is there."""
     for name, value in state.items():
         root, _, path = name.partition(".")
         owner, _, key = path.rpartition(".")
         try:
-            module = roots[root].get_submodule(owner)
-            known = _persistent(module)[key]
+            known = _persistent(roots[root].get_submodule(owner))[key]
         except (KeyError, AttributeError):
             raise ModelError(
                 f"the quantized model holds tensor {name}, which the network has not; it belongs to another model"
@@ -143,13 +159,6 @@ def _load(roots: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
                 f"the quantized model's tensor {name} is {value.dtype} of shape {tuple(value.shape)}, the network's "
                 f"is {known.dtype} of shape {tuple(known.shape)}; it belongs to another model"
             )
-        device = next(roots[root].parameters()).device
-        if key == _CODES and isinstance(module, QWeighted):
-            module.load_codes(value.to(device))
-        elif known is not None:
-            known.data.copy_(value)
-        else:
-            setattr(module, key, value.to(device))
 
 
 def _persistent(module: nn.Module) -> dict[str, Tensor | None]:

@@ -8,7 +8,9 @@
 | `PerGroup(size)`   | (*, C)      | (*, C / size, 1)              | its `size` neighbours    |
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +42,34 @@ class PerGroup:
 
 
 Granularity = PerTensor | PerChannel | PerToken | PerGroup
+_NAMES = {"per_tensor": PerTensor, "per_channel": PerChannel, "per_token": PerToken, "per_group": PerGroup}
+
+
+def named_granularity(granularity: Granularity) -> list[Any]:
+    """Return a granularity as plain values: its name, then its argument if it has one.
+
+    Example:
+        >>> named_granularity(PerGroup(64))
+        ['per_group', 64]
+    """
+    name = next(name for name, kind in _NAMES.items() if type(granularity) is kind)
+    return [name, *vars(granularity).values()]
+
+
+def granularity_of(named: Sequence[Any]) -> Granularity:
+    """Undo `named_granularity`.
+
+    Raises:
+        ValueError: For another name, or an argument that is no whole number.
+    """
+    name, *arguments = named or [""]
+    kind = _NAMES.get(name) if isinstance(name, str) else None
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in arguments)
+    if kind is None or len(arguments) > len(fields(kind)) or not whole:
+        raise ValueError(
+            f"expected the name of a granularity ({', '.join(_NAMES)}) and its argument, got {list(named)}"
+        )
+    return kind(*arguments)  # type: ignore[no-any-return]
 
 
 def split_groups(x: Tensor, size: int) -> Tensor:

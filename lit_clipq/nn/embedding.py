@@ -2,7 +2,6 @@
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ class QEmbedding(QWeighted):
         ValueError: For a table that renormalises its rows, or a grid along another axis.
     """
 
+    id = "embedding"
     operands = ()
 
     def __init__(self, original: nn.Embedding, weight_quantizer: Quantizer | None) -> None:
@@ -33,7 +33,6 @@ class QEmbedding(QWeighted):
         super().__init__(original, weight_quantizer)
         self.num_embeddings, self.embedding_dim = original.num_embeddings, original.embedding_dim
         self.padding_idx = original.padding_idx
-        self.dtype: torch.dtype = original.weight.dtype
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Return the rows of the ids, shape (*, D), in the type of the float table."""
@@ -41,7 +40,7 @@ class QEmbedding(QWeighted):
             return self.product(*inputs)
         ids = inputs[0]
         rows = self._decode(ids.reshape(-1))
-        return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+        return rows.to(self.weight_dtype).reshape(*ids.shape, self.embedding_dim)
 
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Look the ids up in a float table."""

@@ -1,8 +1,8 @@
 """How the tensors of a product are laid out: what its units are, and where its output channels lie.
 
-Units are the pieces of a product along the first axis that are counted, weighed and drawn by themselves: rows of a linear
-layer, pictures of a convolution, (sample, head) pairs of a product of activations. A kind of layer names its layout in
-`lit_clipq.nn.registry`; nobody else asks of which class a layer is.
+Units are the pieces of a product along the first axis that are counted, weighed and drawn by themselves: rows of a
+linear layer, pictures of a convolution, (sample, head) pairs of a product of activations. A kind of layer names its
+layout in `lit_clipq.nn.registry`; nobody else asks of which class a layer is.
 """
 
 from abc import ABC, abstractmethod
@@ -120,7 +120,7 @@ class MapLayout(Layout):
 
 
 class PatchLayout(MapLayout):
-    """Convolutions of one group: as maps, but each output position can be drawn, with the patch that it sees, as a row."""
+    """Convolutions of one group: as maps, but an output position can be drawn, with the patch it sees, as a row."""
 
     def unit_costs(self, errors: Tensor) -> Tensor:
         """Add up over channels: (B, H W)."""
@@ -132,7 +132,7 @@ class PatchLayout(MapLayout):
 
 
 class PairLayout(Layout):
-    """Products of activations, (*, M, K) @ (*, K, N); units are the leading axes, and rows of the left operand are drawn."""
+    """Products of activations, (*, M, K) @ (*, K, N); units are leading axes, rows of the left operand are drawn."""
 
     def operands(self, inputs: Tensors, mask: TextMask | None = None) -> Tensors:
         """Return (P, M, K) and (P, K, N).

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.quantizer import Quantizer, UniformQuantizer
+from lit_clipq.nn.state import LateBuffers
 
 
 class Phase(Enum):
@@ -23,21 +24,24 @@ class Phase(Enum):
     QUANTIZED = auto()
 
 
-class QModule(nn.Module):
+class QModule(LateBuffers):
     """A matrix product with one quantizer for each of its inputs.
 
     Attributes:
         input_quantizers: One entry an operand of `forward`; an absent quantizer leaves that operand float.
         phase: Whether `forward` quantizes.
-        classes: Every Q-module class by the name that `config` uses.
+        classes: Every Q-module class by its `id`.
+        id: What saved models call the class; by default its name.
     """
 
     classes: ClassVar[dict[str, type["QModule"]]] = {}
+    id: ClassVar[str]
     operands: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
-        """Make the class known by its name."""
-        QModule.classes[cls.__name__] = cls
+        """Make the class known by its id."""
+        cls.id = cls.__dict__.get("id", cls.__name__)
+        QModule.classes[cls.id] = cls
 
     def __init__(self, input_quantizers: tuple[Quantizer | None, ...]) -> None:
         super().__init__()
@@ -70,7 +74,7 @@ class QModule(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Return class and quantizers as plain values; `from_config` of them swaps an equal, empty layer in."""
-        return {"type": type(self).__name__, "quantizers": [q and q.config() for q in self.quantizers]}
+        return {"type": self.id, "quantizers": [q and q.config() for q in self.quantizers]}
 
     @staticmethod
     def from_config(config: dict[str, Any], original: nn.Module) -> "QModule":
@@ -115,7 +119,9 @@ class QWeighted(QModule):
         self.weight: Tensor = original.get_parameter("weight")
         self.bias = cast(Tensor | None, getattr(original, "bias", None))
         self.weight_quantizer = weight_quantizer
+        self.weight_dtype = self.weight.dtype
         self.register_buffer("weight_codes", None)
+        self.register_load_state_dict_post_hook(_decode_loaded)
         self.training = original.training
 
     def product(self, *inputs: Tensor) -> Tensor:
@@ -139,10 +145,16 @@ class QWeighted(QModule):
             self.load_codes(codes.to(torch.int8 if quantizer.bits <= 8 else torch.int16))
         super().freeze()
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight_codes" in state_dict and "weight" in self._parameters:
+            del self.weight  # codes take its place; they are decoded once the grid is there, too
+            self.register_buffer("weight", None, persistent=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def load_codes(self, codes: Tensor) -> None:
         """Hold stored codes and the weight they decode to."""
         quantizer = cast(Quantizer, self.weight_quantizer)
-        decoded = quantizer.decode(codes.int() + storage_shift(quantizer)).to(self.weight.dtype)
+        decoded = quantizer.decode(codes.int() + storage_shift(quantizer)).to(self.weight_dtype)
         self.weight_codes = codes
         del self.weight
         self.register_buffer("weight", decoded, persistent=False)
@@ -150,6 +162,8 @@ class QWeighted(QModule):
 
 class QLinear(QWeighted):
     """Quantized `nn.Linear`: input (*, in), output (*, out)."""
+
+    id = "linear"
 
     def __init__(
         self, original: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
@@ -170,6 +184,8 @@ class QLinear(QWeighted):
 class QConv2d(QWeighted):
     """Quantized `nn.Conv2d`: input (B, C, H, W), zero or other padding applied to the rounded input."""
 
+    id = "conv2d"
+
     def __init__(
         self, original: nn.Conv2d, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
     ) -> None:
@@ -188,6 +204,8 @@ class QConv2d(QWeighted):
 class QMatMul(QModule):
     """Quantized `a @ b` of two activations, batched over the leading axes."""
 
+    id = "matmul"
+
     operands = ("a", "b")
 
     def __init__(self, original: MatMul, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None) -> None:
@@ -197,6 +215,12 @@ class QMatMul(QModule):
     def product(self, *inputs: Tensor) -> Tensor:
         """Return `a @ b`."""
         return inputs[0] @ inputs[1]
+
+
+def _decode_loaded(module: QWeighted, _: Any) -> None:
+    """Decode the codes that a state dict brought, after its grid was loaded."""
+    if module.weight_codes is not None and getattr(module, "weight", None) is None:
+        module.load_codes(module.weight_codes)
 
 
 def storage_shift(quantizer: Quantizer) -> int:

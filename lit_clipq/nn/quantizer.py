@@ -3,10 +3,16 @@
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_clipq.functional import granularity as granularities
-from lit_clipq.functional.granularity import Granularity, PerTensor, PerToken, extrema
+from lit_clipq.functional.granularity import (
+    Granularity,
+    PerTensor,
+    PerToken,
+    extrema,
+    granularity_of,
+    named_granularity,
+)
 from lit_clipq.functional.log import log_codes, log_decode, log_fake_quantize
 from lit_clipq.functional.twin import (
     gelu_codes,
@@ -17,22 +23,26 @@ from lit_clipq.functional.twin import (
     softmax_fake_quantize,
 )
 from lit_clipq.functional.uniform import affine_parameters, code_range, fake_quantize, from_codes, to_codes
+from lit_clipq.nn.state import LateBuffers
 
 
-class Quantizer(nn.Module):
+class Quantizer(LateBuffers):
     """A grid of 2 to 16 bits. Its parameters are buffers, `None` until calibration gave them.
 
     Attributes:
-        kinds: Every quantizer by the name that `config` uses.
+        kinds: Every quantizer by its `id`.
+        id: What saved models call the class; by default its name.
     """
 
     kinds: ClassVar[dict[str, type["Quantizer"]]] = {}
+    id: ClassVar[str]
     granularity: Granularity = PerTensor()
     bits: int
 
     def __init_subclass__(cls) -> None:
-        """Make the class known by its name."""
-        Quantizer.kinds[cls.__name__] = cls
+        """Make the class known by its id."""
+        cls.id = cls.__dict__.get("id", cls.__name__)
+        Quantizer.kinds[cls.id] = cls
 
     @property
     def calibrated(self) -> bool:
@@ -85,6 +95,7 @@ class UniformQuantizer(Quantizer):
         restricted: Symmetric grids only: represent the largest magnitude exactly.
     """
 
+    id = "uniform"
     scale: Tensor | None
     zero_point: Tensor | None
 
@@ -100,7 +111,7 @@ class UniformQuantizer(Quantizer):
         self.bits = bits
         self.symmetric = symmetric
         if isinstance(granularity, list):
-            granularity = getattr(granularities, granularity[0])(*granularity[1:])
+            granularity = granularity_of(granularity)
         self.granularity = granularity or PerTensor()  # type: ignore[assignment]
         self.restricted = restricted
         self.qmin, self.qmax = code_range(bits, symmetric=symmetric)
@@ -114,9 +125,9 @@ class UniformQuantizer(Quantizer):
 
     def config(self) -> dict[str, Any]:
         """Return the options as plain values."""
-        granularity = [type(self.granularity).__name__, *vars(self.granularity).values()]
+        granularity = named_granularity(self.granularity)
         return {
-            "type": type(self).__name__,
+            "type": self.id,
             "bits": self.bits,
             "symmetric": self.symmetric,
             "granularity": granularity,
@@ -169,6 +180,7 @@ class TwinSoftmaxQuantizer(Quantizer):
         bits: Width of the codes.
     """
 
+    id = "twin_softmax"
     split: Tensor | None
 
     def __init__(self, bits: int) -> None:
@@ -179,7 +191,7 @@ class TwinSoftmaxQuantizer(Quantizer):
 
     def config(self) -> dict[str, Any]:
         """Return the options as plain values."""
-        return {"type": type(self).__name__, "bits": self.bits}
+        return {"type": self.id, "bits": self.bits}
 
     def forward(self, x: Tensor) -> Tensor:
         """Round values in [0, 1] to the grid and back."""
@@ -202,6 +214,7 @@ class TwinGeluQuantizer(Quantizer):
         minimum: Smallest value the activation can take, negative; it fixes the negative step.
     """
 
+    id = "twin_gelu"
     positive_step: Tensor | None
     negative_step: Tensor
 
@@ -217,7 +230,7 @@ class TwinGeluQuantizer(Quantizer):
 
     def config(self) -> dict[str, Any]:
         """Return the options as plain values."""
-        return {"type": type(self).__name__, "bits": self.bits, "minimum": self.minimum}
+        return {"type": self.id, "bits": self.bits, "minimum": self.minimum}
 
     def forward(self, x: Tensor) -> Tensor:
         """Round activations to the grid and back."""
@@ -240,6 +253,8 @@ class LogQuantizer(Quantizer):
         steps_per_octave: 1 for base 2, 2 for base sqrt 2.
     """
 
+    id = "log"
+
     def __init__(self, bits: int, steps_per_octave: int = 1) -> None:
         super().__init__()
         code_range(bits, symmetric=False)
@@ -248,7 +263,7 @@ class LogQuantizer(Quantizer):
 
     def config(self) -> dict[str, Any]:
         """Return the options as plain values."""
-        return {"type": type(self).__name__, "bits": self.bits, "steps_per_octave": self.steps_per_octave}
+        return {"type": self.id, "bits": self.bits, "steps_per_octave": self.steps_per_octave}
 
     def forward(self, x: Tensor) -> Tensor:
         """Round values in [0, 1] to the grid and back."""

@@ -17,6 +17,7 @@ class StartTokenScores(QMatMul):
         constant: Key of the start token, (1, H, d, 1); `None` until calibrated.
     """
 
+    id = "start_token_scores"
     constant: Tensor | None
 
     def __init__(self, *args: object) -> None:
@@ -43,6 +44,7 @@ class StartTokenAverage(QMatMul):
         constant: Value of the start token, (1, H, 1, d); `None` until calibrated.
     """
 
+    id = "start_token_average"
     constant: Tensor | None
 
     def __init__(self, *args: object) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from lit_clipq.calibration.needs import Write
@@ -141,11 +142,11 @@ def check_order(stages: Sequence[Stage]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"stage {twice} is named twice in [{listed}]; name each stage once")
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         if after.scope < before.scope:
             raise ConfigError(
-                f"stage {after.name} works on {_SCOPES[after.scope]} and must stand before {before.name}, which works on "
-                f"{_SCOPES[before.scope]}; got [{listed}]"
+                f"stage {after.name} works on {_SCOPES[after.scope]} and must stand before {before.name}, which works "
+                f"on {_SCOPES[before.scope]}; got [{listed}]"
             )
     for place, stage in enumerate(stages):
         early = next((name for name in names[:place] if name in stage.forbids), None)

@@ -55,7 +55,8 @@ class LayerSearch:
 
     Args:
         data: What the layer saw; it is only read.
-        module: Q-module in its float phase, in float32, with quantizers without parameters; by default that of the data.
+        module: Q-module in its float phase, in float32, with quantizers without parameters; by default that of
+            the data.
         options: How to search.
 
     Raises:

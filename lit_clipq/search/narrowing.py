@@ -84,7 +84,7 @@ class Problem:
             columns[0] = columns[0].expand(-1, self.candidates[self.first].every(step).channels)
         return self.losses.losses(data, *columns, step=step).cpu()
 
-    def losses_of(self, name: str, offers: Tensor, data: list[Observations]) -> Tensor:
+    def losses_of(self, name: str, offers: Tensor, data: Sequence[Observations]) -> Tensor:
         """Return losses (A, channels) of one operand's offers, the other as chosen."""
         pair = (offers, self.pick()[1]) if name == self.first else (self.pick()[0], offers)
         losses = self.losses.losses(data, *pair, per_channel=name == self.first)
@@ -98,8 +98,8 @@ class Narrowing:
     Attributes:
         problem: What is to be chosen.
         sampler: Draws units.
-        errors: Relative standard errors of the objectives that say where to look, that give most candidates up, and that
-            compare the last ones.
+        errors: Relative standard errors of the objectives that say where to look, that give most candidates up, and
+            that compare the last ones.
     """
 
     problem: Problem

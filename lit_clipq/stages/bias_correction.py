@@ -32,7 +32,7 @@ class BiasCorrection(LayerStage):
         mean, squares = channel_errors(module, task.data)
         error = mean.to(module.weight)
         if module.bias is None:
-            task.draft.structure.append(add_bias(module, task.name))
+            task.draft.structure.append(dict(add_bias(module, task.name)))
         assert module.bias is not None  # noqa: S101 - `add_bias` gave it one
         module.bias = nn.Parameter(module.bias.detach() - error)
         before = float(squares.mean())

@@ -134,7 +134,7 @@ class Draft:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the network be that of this draft, its Q-modules in whatever phase they are, while the context is open."""
+        """Let the network be that of this draft, its Q-modules in whatever phase, while the context is open."""
         self._place()
         try:
             yield

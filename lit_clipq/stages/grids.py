@@ -16,8 +16,9 @@ from lit_clipq.stages.stage import GridStage, Report, stage
 class Grids(GridStage):
     """Put a Q-module in the place of every layer that the plan quantizes, with a grid for each of its operands.
 
-    Weights have symmetric grids, activations affine ones, a scale for the whole tensor. What stands in front of a layer is
-    found by running it: after a softmax, and behind activations with a negative minimum, other grids may serve better.
+    Weights have symmetric grids, activations affine ones, a scale for the whole tensor. What stands in front of a
+    layer is found by running it: after a softmax, and behind activations with a negative minimum, other grids may
+    serve better.
     """
 
     needs = frozenset({Need.SOURCES})
@@ -46,7 +47,7 @@ class Grids(GridStage):
         return counts
 
     def quantizers(self, layer: Layer, entry: MapEntry, draft: Draft) -> list[Quantizer | None]:
-        """Return the grids of a layer in the order in which its Q-module takes them: the weight's, then the operands'."""
+        """Return the grids of a layer in the order in which its Q-module takes them: weight, then operands."""
         found: list[Quantizer | None] = []
         if layer.kind.has_weight:
             found.append(self._weight(entry.weight_bits or FLOAT_BITS, table=layer.kind.is_table))

@@ -37,6 +37,6 @@ class Recorded(GridStage):
 
     def _refuse(self) -> Report:
         raise ConfigError(
-            f"stage {self.name} is known here by the record of a saved model only; import the module that defines it, or "
-            f"give it as module.Class (options {self.options()})"
+            f"stage {self.name} is known here by the record of a saved model only; import the module that defines it, "
+            f"or give it as module.Class (options {self.options()})"
         )

@@ -1,4 +1,4 @@
-"""Walk the stages of drafts that share one calibration: one pass for what several of them need, one visit of a layer."""
+"""Walk the stages of drafts that share one calibration: one pass for what several need, one visit of a layer."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -173,7 +173,9 @@ class _Visitor:
     @torch.no_grad()
     def fit(self, name: str, seen: list[Observations] | None) -> _Fitted:
         """Fit one layer for every draft; drafts that want the same of it share the outcome."""
-        fitted, done, data = _Fitted(name), {}, {}
+        fitted = _Fitted(name)
+        done: dict[Any, LayerTask] = {}
+        data: dict[str, LayerData] = {}
         for draft in self.drafts:
             if name not in draft.modules:
                 continue

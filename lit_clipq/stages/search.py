@@ -20,8 +20,9 @@ from lit_clipq.stages.stage import LayerStage, LayerTask, stage
 @stage("search")
 @dataclass(frozen=True)
 class Search(SearchOptions, LayerStage):
-    """Take the scales that minimise the distance between each product and its quantized form, by default
-    `sum g^2 (O^ - O)^2` with g the gradient of the objective by the product.
+    """Take the scales that minimise the distance between each product and its quantized form.
+
+    By default that is `sum g^2 (O^ - O)^2` with g the gradient of the objective by the product.
     """
 
     needs = frozenset({Need.OPERANDS, Need.GRADIENTS})

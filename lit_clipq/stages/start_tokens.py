@@ -32,8 +32,8 @@ def start_products(plan: QuantizationMap, layers: Sequence[Layer], *, text_rule:
 class StartTokens(GridStage):
     """Keep what the attention products of a causal text tower see of the first position in float, as constants.
 
-    In such a tower it is the same for every text, and an outlier that would stretch every range. Positions from the second
-    one on are quantized with grids that never saw it. Other text towers are left alone.
+    In such a tower it is the same for every text, and an outlier that would stretch every range. Positions from the
+    second one on are quantized with grids that never saw it. Other text towers are left alone.
     """
 
     needs = frozenset({Need.START, Need.SOURCES})

@@ -5,13 +5,13 @@ import torch
 
 from lit_clipq.api import quantize
 from lit_clipq.models import load_clip
-from lit_clipq.recipes import PTQ4CLIP, BitWidths, Vanilla
+from lit_clipq.recipes import BitWidths, make_recipe
 from tests.ddp.processes import run_processes
 
 RECIPES = {
-    "vanilla": Vanilla(bits=BitWidths.resolve({"bits": 6}), attention_products=True),
-    "gauss_newton": PTQ4CLIP(bits=BitWidths.resolve({"bits": 4})),
-    "fisher": PTQ4CLIP(bits=BitWidths.resolve({"bits": 4}), objective="fisher"),
+    "vanilla": make_recipe("vanilla", bits=BitWidths.resolve({"bits": 6}), attention_products=True),
+    "gauss_newton": make_recipe("ptq4clip", bits=BitWidths.resolve({"bits": 4})),
+    "fisher": make_recipe("ptq4clip", bits=BitWidths.resolve({"bits": 4}), objective="fisher"),
 }
 TEXTS = ["a red star", "two blue cups on sand", "a big green tree left of a small black house", "a fish", "three keys"]
 

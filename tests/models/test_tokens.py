@@ -17,7 +17,7 @@ from lit_clipq.models import (
     text_token_mask,
     token_sizes,
 )
-from lit_clipq.recipes import Vanilla
+from lit_clipq.recipes import make_recipe
 from tests.models.conftest import CONFIGS, build
 from tests.models.test_encode import FULL, TRIMMED, positions_computed, texts
 
@@ -162,7 +162,9 @@ def test_everything_but_the_layers_behind_the_tokens_can_be_quantized(kind):
 
     before = token_sizes(model, tokens[:1])
     batch = (torch.randn(2, 3, height, width), tokens)
-    report = quantize({"clip": model}, [batch], Vanilla(exclude=unused, attention_products=True), forward=forward)
+    report = quantize(
+        {"clip": model}, [batch], make_recipe("vanilla", exclude=unused, attention_products=True), forward=forward
+    )
     assert not [entry for entry in report.map.quantized if not entry.macs]  # nothing was quantized that is not reached
     float_entries = [entry for entry in report.map.entries if entry.macs and not entry.quantized]
     assert not float_entries  # nothing is reached that was left out

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lit_clipq.recipes.base import plan
 from torch import nn
 
 from lit_clipq.errors import ConfigError
@@ -10,8 +11,7 @@ from lit_clipq.nn.embedding import QEmbedding
 from lit_clipq.nn.quantizer import UniformQuantizer
 from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import find_layers
-from lit_clipq.recipes import BitWidths, Vanilla
-from lit_clipq.recipes.base import plan
+from lit_clipq.recipes import BitWidths, make_recipe
 
 
 @pytest.fixture
@@ -75,10 +75,10 @@ def test_recipes_leave_tables_float_unless_asked_and_positions_always():
     def reasons(recipe):
         return {entry.name: entry.reason for entry in plan(recipe, layers).entries}
 
-    assert reasons(Vanilla())["clip.word"] == "embedding tables are off in this recipe"
-    asked = reasons(Vanilla(embeddings=True))
+    assert reasons(make_recipe("vanilla"))["clip.word"] == "embedding tables are off in this recipe"
+    asked = reasons(make_recipe("vanilla", embeddings=True))
     assert asked == {"clip.word": "", "clip.position_embeddings": "positions stay float", "clip.fc": ""}
     widths = BitWidths.resolve({"weight_bits": 32})
-    assert reasons(Vanilla(embeddings=True, bits=widths))["clip.word"] == "text is set to 32 bits"
+    assert reasons(make_recipe("vanilla", embeddings=True, bits=widths))["clip.word"] == "text is set to 32 bits"
     with pytest.raises(ConfigError, match="matches none"):
-        plan(Vanilla(include=("clip.token*",)), layers)
+        plan(make_recipe("vanilla", include=("clip.token*",)), layers)

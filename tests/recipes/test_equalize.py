@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lit_clipq.recipes.equalize import Channels, equalize, expected_error
 from torch import nn
 
 from lit_clipq.api import quantize
@@ -12,8 +13,7 @@ from lit_clipq.models import encode_image, encode_text, fold_batchnorm, load_cli
 from lit_clipq.models.attention.gpt2 import ExplicitGPT2
 from lit_clipq.nn.attention import ExplicitAttention
 from lit_clipq.nn.quantizer import UniformQuantizer
-from lit_clipq.recipes import PTQ4CLIP, BasePTQ, BitWidths, PTQ4CLIPPaper, ptq4clip
-from lit_clipq.recipes.equalize import Channels, equalize, expected_error
+from lit_clipq.recipes import BitWidths, make_recipe, ptq4clip
 from tests.models.conftest import CONFIGS, build
 
 TEXTS = ["a red star", "two blue cups on sand", "a big green tree to the left of a small black house", "a fish"]
@@ -31,7 +31,7 @@ def equalised(model, batch, recipe=None):
     fold_batchnorm(plain)
     make_explicit(plain)
     changed = copy.deepcopy(model)
-    report = quantize(changed, [batch], recipe or PTQ4CLIP(bits=BITS))
+    report = quantize(changed, [batch], recipe or make_recipe("ptq4clip", bits=BITS))
     gains = {
         name: plain.get_parameter(f"{name}.weight") / module.weight
         for name, module in changed.named_modules()
@@ -56,16 +56,16 @@ def test_factors_are_powers_of_two_and_norms_between_blocks_stay(run):
     moved = {norm for norm, gain in gains.items() if bool((gain != 1).any())}
     assert moved
     assert all("resblocks" in norm for norm in moved)
-    assert {f"clip.{norm}" for norm in moved} <= set(report.equalized)
+    assert {f"clip.{norm}" for norm in moved} <= set(report.stages.get("equalize", {}))
     exponents = torch.cat([gain.log2() for gain in gains.values()])
     assert torch.equal(exponents, exponents.round())
-    assert all(0 < error < 1 for error in report.equalized.values())
+    assert all(0 < error < 1 for error in report.stages.get("equalize", {}).values())
 
 
 def test_planted_outliers_are_found_and_taken_back(run):
     _, plain, _, gains, report = run
-    assert len(report.equalized) == 24  # two LayerNorms and an attention in each of eight blocks
-    assert max(report.equalized.values()) < 0.1
+    assert len(report.stages.get("equalize", {})) == 24  # two LayerNorms and an attention in each of eight blocks
+    assert max(report.stages.get("equalize", {}).values()) < 0.1
     original = load_clip("mini-vit", "mini").model.state_dict()
     for norm, gain in gains.items():
         if "resblocks" in norm:
@@ -113,8 +113,8 @@ def test_channels_that_something_else_reads_stay(caplog):
         return batch
 
     before = forward(x)
-    report = quantize({"net": network}, [x], PTQ4CLIP(bits=BITS), forward=forward)
-    assert sorted(report.equalized) == ["net.blocks.0.before", "net.blocks.1.before"]
+    report = quantize({"net": network}, [x], make_recipe("ptq4clip", bits=BITS), forward=forward)
+    assert sorted(report.stages.get("equalize", {})) == ["net.blocks.0.before", "net.blocks.1.before"]
     assert "net.blocks.0.after makes stay as they are, as something else reads them (2 of 4)" in caplog.text
     for now, then in zip(network["blocks"], original["blocks"], strict=True):
         assert torch.equal(now.after.weight, then.after.weight)
@@ -125,18 +125,18 @@ def test_channels_that_something_else_reads_stay(caplog):
 
 def test_only_layers_that_are_quantized_decide():
     clip = load_clip("mini-vit-outlier", "mini")
-    recipe = PTQ4CLIP(bits=BITS, include=("clip.visual.*",))
+    recipe = make_recipe("ptq4clip", bits=BITS, include=("clip.visual.*",))
     _, _, gains, report = equalised(clip.model, pairs(clip), recipe)
-    assert all(name.startswith("clip.visual.") for name in report.equalized)
+    assert all(name.startswith("clip.visual.") for name in report.stages.get("equalize", {}))
     assert all(bool((gain == 1).all()) for norm, gain in gains.items() if not norm.startswith("visual."))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [PTQ4CLIPPaper, BasePTQ])
+@pytest.mark.parametrize("recipe", ["ptq4clip_paper", "base_ptq"])
 def test_published_recipes_leave_the_norms_as_they_are(recipe):
     clip = load_clip("mini-vit-outlier", "mini")
-    _, _, gains, report = equalised(clip.model, pairs(clip), recipe(bits=BITS))
-    assert not report.equalized
+    _, _, gains, report = equalised(clip.model, pairs(clip), make_recipe(recipe, bits=BITS))
+    assert not report.stages.get("equalize", {})
     assert all(bool((gain == 1).all()) for gain in gains.values())
 
 
@@ -145,7 +145,7 @@ def test_channels_that_are_zero_are_left_alone():
     norm = clip.model.visual.transformer.resblocks[1].ln_2
     norm.weight.data[5] = norm.bias.data[5] = 0
     _, changed, _, report = equalised(clip.model, pairs(clip))
-    assert "clip.visual.transformer.resblocks.1.ln_2" in report.equalized
+    assert "clip.visual.transformer.resblocks.1.ln_2" in report.stages.get("equalize", {})
     assert all(bool(p.isfinite().all()) for p in changed.state_dict().values() if p.is_floating_point())
 
 
@@ -185,7 +185,7 @@ def staged(model, batches, monkeypatch, **options):
     with monkeypatch.context() as patch:
         patch.setattr(ptq4clip, "equalize", stop)
         with pytest.raises(StopError):
-            quantize(model, batches, PTQ4CLIP(bits=BITS, **options))
+            quantize(model, batches, make_recipe("ptq4clip", bits=BITS, **options))
     return stage["calibration"], lambda: equalize(stage["calibration"], **stage["options"])
 
 
@@ -252,14 +252,14 @@ def test_a_run_that_fails_in_the_proof_leaves_the_weights_as_they_were(monkeypat
 def test_one_batch_given_twice_is_taken_twice():
     clip = load_clip("mini-vit", "mini")
     batch = pairs(clip)
-    assert quantize(clip.model, [batch, batch], PTQ4CLIP(bits=BITS)).equalized
+    assert quantize(clip.model, [batch, batch], make_recipe("ptq4clip", bits=BITS)).stages["equalize"]
 
 
 @pytest.mark.slow
 def test_values_stay_where_channels_of_a_weight_share_a_scale_or_a_cache_keeps_them():
     clip = load_clip("mini-vit-outlier", "mini")
-    _, _, _, report = equalised(clip.model, pairs(clip), PTQ4CLIP(bits=BITS, per_channel=False))
-    assert report.equalized
-    assert not any("attn" in name for name in report.equalized)
+    _, _, _, report = equalised(clip.model, pairs(clip), make_recipe("ptq4clip", bits=BITS, per_channel=False))
+    assert report.stages.get("equalize", {})
+    assert not any("attn" in name for name in report.stages.get("equalize", {}))
     assert ExplicitGPT2.hands_on_values
     assert not ExplicitAttention.hands_on_values

@@ -11,7 +11,7 @@ from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.models import encode_image, encode_text, load_clip, make_explicit
 from lit_clipq.nn.quantizer import LogQuantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores
-from lit_clipq.recipes import PTQ4CLIP, BasePTQ, BitWidths, PTQ4CLIPPaper, Vanilla, make_recipe
+from lit_clipq.recipes import BitWidths, make_recipe
 
 TEXTS = [
     "a red star",
@@ -37,12 +37,12 @@ def batch(clip):
 
 @pytest.fixture(scope="module")
 def at_four_bits(clip, batch):
-    return quantized(clip, batch, PTQ4CLIP(bits=bits(4)))
+    return quantized(clip, batch, make_recipe("ptq4clip", bits=bits(4)))
 
 
 @pytest.fixture(scope="module")
 def at_eight_bits(clip, batch):
-    return quantized(clip, batch, PTQ4CLIP(bits=bits(8)))
+    return quantized(clip, batch, make_recipe("ptq4clip", bits=bits(8)))
 
 
 def quantized(clip, batch, recipe, **options):
@@ -76,7 +76,7 @@ def test_every_product_is_quantized_and_no_search_ends_above_its_start(at_four_b
 @BOTH
 def test_embeddings_are_closer_to_float_than_those_of_min_max(clip, batch, at_four_bits):
     searched, _ = at_four_bits
-    plain, _ = quantized(clip, batch, Vanilla(bits=bits(4), attention_products=True))
+    plain, _ = quantized(clip, batch, make_recipe("vanilla", bits=bits(4), attention_products=True))
     for ours, theirs in zip(error(searched, clip, batch), error(plain, clip, batch), strict=True):
         assert ours < theirs
 
@@ -99,7 +99,7 @@ def test_grids_follow_what_stands_in_front_of_a_layer(at_eight_bits):
     ("option", "grid"), [("uniform", UniformQuantizer), ("log2", LogQuantizer), ("log_sqrt2", LogQuantizer)]
 )
 def test_other_softmax_grids_can_be_chosen(clip, batch, option, grid):
-    model, _ = quantized(clip, batch, PTQ4CLIP(bits=bits(8), softmax_grid=option))
+    model, _ = quantized(clip, batch, make_recipe("ptq4clip", bits=bits(8), softmax_grid=option))
     assert isinstance(model.transformer.resblocks[0].attn.av.input_quantizers["a"], grid)
 
 
@@ -117,15 +117,17 @@ def test_the_start_token_is_a_constant_of_the_float_network(clip, batch, at_eigh
 @pytest.mark.slow
 @BOTH
 def test_less_memory_means_more_passes_and_the_same_scales(clip, batch):
-    free, one = quantized(clip, batch, PTQ4CLIP(bits=bits(6)))
-    tight, many = quantized(clip, batch, PTQ4CLIP(bits=bits(6)), memory_limit_bytes=one.memory_bytes // 3)
+    free, one = quantized(clip, batch, make_recipe("ptq4clip", bits=bits(6)))
+    tight, many = quantized(
+        clip, batch, make_recipe("ptq4clip", bits=bits(6)), memory_limit_bytes=one.memory_bytes // 3
+    )
     assert many.passes > one.passes
     assert many.memory_bytes <= one.memory_bytes // 3
     state, other = free.state_dict(), tight.state_dict()
     assert state.keys() == other.keys()
     assert all(torch.equal(state[name], other[name]) for name in state)
     with pytest.raises(CalibrationError, match=r"needs .* GB beside the model"):
-        quantized(clip, batch, PTQ4CLIP(bits=bits(6)), memory_limit_bytes=1000)
+        quantized(clip, batch, make_recipe("ptq4clip", bits=bits(6)), memory_limit_bytes=1000)
 
 
 @pytest.mark.slow
@@ -134,7 +136,7 @@ def test_one_batch_or_several_is_the_same_set(clip, batch, at_eight_bits):
     model, _ = at_eight_bits
     halves = [tuple(x[:2] for x in batch), tuple(x[2:] for x in batch)]
     other = copy.deepcopy(clip.model)
-    quantize(other, halves, PTQ4CLIP(bits=bits(8)))
+    quantize(other, halves, make_recipe("ptq4clip", bits=bits(8)))
     with torch.no_grad():
         ours, theirs = encode_image(model, batch[0]), encode_image(other, batch[0])
     assert (ours - theirs).norm() < 0.02 * ours.norm()
@@ -142,9 +144,9 @@ def test_one_batch_or_several_is_the_same_set(clip, batch, at_eight_bits):
 
 def test_fisher_needs_pairs_and_more_than_one(clip, batch):
     with pytest.raises(CalibrationError, match="at least 2"):
-        quantized(clip, tuple(x[:1] for x in batch), PTQ4CLIP(objective="fisher"))
+        quantized(clip, tuple(x[:1] for x in batch), make_recipe("ptq4clip", objective="fisher"))
     with pytest.raises(CalibrationError, match="pairs"):
-        quantized(clip, (batch[0], None), PTQ4CLIP(objective="fisher", include=("clip.visual.*",)))
+        quantized(clip, (batch[0], None), make_recipe("ptq4clip", objective="fisher", include=("clip.visual.*",)))
 
 
 def test_fisher_at_clips_own_temperature_is_refused_where_it_is_one_hot():
@@ -172,7 +174,7 @@ def test_the_fisher_gradient_is_that_of_autograd_for_the_drawn_classes():
 
 @BOTH
 def test_the_paper_leaves_attention_float(clip, batch):
-    _, report = quantized(clip, batch, PTQ4CLIPPaper(bits=bits(4)))
+    _, report = quantized(clip, batch, make_recipe("ptq4clip_paper", bits=bits(4)))
     assert {e.kind for e in report.map.quantized} <= {"conv2d", "linear"}
     assert not any("attn" in e.name or e.name.rpartition(".")[2] == "proj" for e in report.map.quantized)
     assert 0.1 < report.map.float_share < 0.9
@@ -180,7 +182,7 @@ def test_the_paper_leaves_attention_float(clip, batch):
 
 @BOTH
 def test_the_baseline_has_uniform_grids_only(clip, batch):
-    model, report = quantized(clip, batch, BasePTQ(bits=bits(6)))
+    model, report = quantized(clip, batch, make_recipe("base_ptq", bits=bits(6)))
     grids = {type(m) for m in model.modules() if type(m).__name__.endswith("Quantizer")}
     assert grids == {UniformQuantizer}
     assert report.map.float_share == 0
@@ -191,7 +193,7 @@ def test_the_baseline_has_uniform_grids_only(clip, batch):
 def test_layers_one_after_the_other_and_bias_correction_run(batch, clip):
     include = ("clip.visual.layer4.*",) if "resnet" in clip.name else ("clip.visual.transformer.resblocks.0.*",)
     for options in ({"sequential": True}, {"bias_correction": True}, {"store_bfloat16": True}, {"per_channel": False}):
-        model, report = quantized(clip, batch, PTQ4CLIP(bits=bits(6), include=include, **options))
+        model, report = quantized(clip, batch, make_recipe("ptq4clip", bits=bits(6), include=include, **options))
         assert all(result.sqnr_db > 5 for result in report.layers.values())
         with torch.no_grad():
             assert encode_image(model, batch[0]).isfinite().all()
@@ -210,7 +212,7 @@ def test_options_from_the_command_line_are_checked():
 @BOTH
 def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip, batch, at_four_bits):
     whole, full = at_four_bits
-    part, report = quantized(clip, batch, PTQ4CLIP(bits=bits(4), token_share=0.5))
+    part, report = quantized(clip, batch, make_recipe("ptq4clip", bits=bits(4), token_share=0.5))
     assert report.memory_bytes < full.memory_bytes
     assert set(report.layers) == set(full.layers)
     zero_points = [name for name in whole.state_dict() if name.endswith("input.zero_point")]
@@ -222,7 +224,10 @@ def test_a_share_of_the_tokens_gives_the_same_ranges_and_needs_less_memory(clip,
 @pytest.mark.slow
 @BOTH
 def test_several_draws_are_averaged(clip, batch, at_four_bits):
-    one, several = at_four_bits[1].layers, quantized(clip, batch, PTQ4CLIP(bits=bits(4), draws=4))[1].layers
+    one, several = (
+        at_four_bits[1].layers,
+        quantized(clip, batch, make_recipe("ptq4clip", bits=bits(4), draws=4))[1].layers,
+    )
     assert one.keys() == several.keys()
     ratio = torch.tensor([several[name].before / one[name].before for name in one])
     assert 0.5 < ratio.median() < 2  # a mean of squares, not a sum

@@ -1,13 +1,13 @@
 """The registry of recipes, and the plans they make."""
 
 import pytest
+from lit_clipq.recipes.base import plan
 from torch import nn
 
 from lit_clipq.errors import ConfigError
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.swap import find_layers
-from lit_clipq.recipes import BitWidths, Recipe, Vanilla, make_recipe, name_of, recipe_names
-from lit_clipq.recipes.base import plan
+from lit_clipq.recipes import BitWidths, Recipe, make_recipe, name_of, recipe_names
 
 
 class Tower(nn.Module):
@@ -51,29 +51,31 @@ def test_unknown_recipes_and_options_list_what_exists():
 
 
 def test_widths_and_products_decide_what_stays_float(layers):
-    recipe = Vanilla(bits=BitWidths.resolve({"bits": 32, "text_bits": 4}))
+    recipe = make_recipe("vanilla", bits=BitWidths.resolve({"bits": 32, "text_bits": 4}))
     entries = {entry.name: entry for entry in plan(recipe, layers).entries}
     assert [name for name, entry in entries.items() if entry.quantized] == ["clip.mlp"]
     assert entries["clip.visual.0"].reason == "vision is set to 32 bits"
     assert "attention products" in entries["clip.qk"].reason
     assert (entries["clip.mlp"].weight_bits, entries["clip.mlp"].activation_bits) == (4, 4)
-    products = plan(Vanilla(attention_products=True), layers)
+    products = plan(make_recipe("vanilla", attention_products=True), layers)
     assert all(entry.quantized for entry in products.entries)
 
 
 def test_weight_only_widths_leave_products_without_weights_float(layers):
-    recipe = Vanilla(bits=BitWidths.resolve({"weight_bits": 4, "activation_bits": 32}), attention_products=True)
+    recipe = make_recipe(
+        "vanilla", bits=BitWidths.resolve({"weight_bits": 4, "activation_bits": 32}), attention_products=True
+    )
     entries = {entry.name: entry for entry in plan(recipe, layers).entries}
     assert entries["clip.mlp"].quantized
     assert not entries["clip.qk"].quantized
 
 
 def test_patterns_select_layers(layers):
-    recipe = Vanilla(include=("clip.visual.*", "head*"), exclude=("*.1",))
+    recipe = make_recipe("vanilla", include=("clip.visual.*", "head*"), exclude=("*.1",))
     assert [entry.name for entry in plan(recipe, layers).quantized] == ["clip.visual.0", "head.0"]
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_an_error(layers, option):
     with pytest.raises(ConfigError, match=rf"quantize\.{option} pattern 'visual\.\*' matches none of the 5 layers"):
-        plan(Vanilla(**{option: ("visual.*",)}), layers)
+        plan(make_recipe("vanilla", **{option: ("visual.*",)}), layers)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from lit_clipq.calibration.collect import Observations
 from torch import nn
 
-from lit_clipq.calibration.collect import Observations
 from lit_clipq.search import losses
 from lit_clipq.search.layer import LayerSearch, SearchOptions
 from tests.search.test_layer import MAKERS, observed

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import lit_clipq
 from lit_clipq.models import encode_text, load_clip
-from lit_clipq.recipes import PTQ4CLIP, Vanilla
+from lit_clipq.recipes import make_recipe
 from lit_clipq.zerocap.candidate_texts import SharedPrefixes, WordTokens
 from lit_clipq.zerocap.language import load_language_model
 from lit_clipq.zerocap.prefix_cache import PrefixTextEncoder, why_not
@@ -24,7 +24,11 @@ def tower(recipe=None):
 
 @pytest.mark.parametrize(
     "recipe",
-    [None, Vanilla(attention_products=True), pytest.param(PTQ4CLIP(), marks=pytest.mark.slow)],
+    [
+        None,
+        make_recipe("vanilla", attention_products=True),
+        pytest.param(make_recipe("ptq4clip"), marks=pytest.mark.slow),
+    ],
     ids=["float", "vanilla", "ptq4clip"],
 )
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import lit_clipq
 from lit_clipq.mini.world import picture
 from lit_clipq.models import encode_image, load_clip
-from lit_clipq.recipes import PTQ4CLIP
+from lit_clipq.recipes import make_recipe
 from lit_clipq.zerocap.candidate_texts import RememberedTexts, SharedPrefixes
 from lit_clipq.zerocap.engine import make_captioner
 from lit_clipq.zerocap.language import load_language_model
@@ -27,7 +27,7 @@ def mini_clip(dtype, quantized):
     loaded = load_clip("mini-vit", "mini")
     if quantized:
         texts = loaded.preprocessing.tokenizer([f"a {word} star next to two houses" for word in ("red", "big")] * 4)
-        lit_clipq.quantize(loaded.model, [(pictures(8), texts)], PTQ4CLIP())
+        lit_clipq.quantize(loaded.model, [(pictures(8), texts)], make_recipe("ptq4clip"))
     return loaded.model.to(dtype), loaded.preprocessing.tokenizer
 
 
