@@ -155,7 +155,7 @@ def test_it_works_inside_inference_mode(net, batches):
 
 def test_towers_at_32_bits_each_touch_nothing(net, batches):
     bits = BitWidths.resolve({"vision_bits": 32, "text_bits": 32})
-    assert not bits.all_float  # other networks would have 8 bits
+    assert not bits.all_float()  # other networks would have 8 bits
     clip = nn.ModuleDict({"visual": net})
     before = {name: type(module) for name, module in clip.named_modules()}
     report = quantize({"clip": clip}, batches, make_recipe("vanilla", bits=bits), forward=net)

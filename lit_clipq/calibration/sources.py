@@ -120,8 +120,8 @@ class _Product:
 
 
 def _is_softmax(x: Tensor) -> bool:
-    rows = x.float()
-    return bool((rows >= 0).all()) and bool((rows.sum(dim=-1) - 1).abs().max() < 1e-3)
+    rows, rounding = x.float(), max(1e-3, torch.finfo(x.dtype).eps) if x.is_floating_point() else 0.0
+    return bool((rows >= 0).all()) and bool((rows.sum(dim=-1) - 1).abs().max() < rounding)
 
 
 def minimum_of(activation: nn.Module) -> float | None:
