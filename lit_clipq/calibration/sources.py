@@ -132,7 +132,7 @@ def minimum_of(activation: nn.Module) -> float | None:
     wide = torch.linspace(-20, 20, 40001)
     with torch.no_grad():
         try:
-            values = activation(wide)
+            values = activation(wide.clone())  # it may write into its input
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None  # not a function of one element: a normalisation, a pooling
         if values.shape != wide.shape or not bool(values.isfinite().all()):
