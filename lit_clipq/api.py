@@ -331,8 +331,8 @@ class _Work:
         if missing:
             raise CalibrationError(
                 f"layer {missing[0].name} saw 0 calibration batches ({len(missing)} such layers); give batches that "
-                "reach it (pictures for the image tower, texts for the text tower), exclude it, or set its tower to 32 bits "
-                f"({_at_32_bits(missing[0].tower)})"
+                "reach it (pictures for the image tower, texts for the text tower), exclude it, or set its tower to 32 "
+                f"bits ({_at_32_bits(missing[0].tower)})"
             )
         return planned.left_float({entry.name: UNREACHED for entry in unseen})
 

@@ -230,7 +230,7 @@ class Halve(LayerStage):
     def fit(self, task: LayerTask) -> object:
         """Divide the scale of one weight; reports the mean of the scales."""
         module = task.module
-        if not isinstance(module, QWeighted) or module.weight_quantizer is None or task.layer.kind.is_table:
+        if not isinstance(module, QWeighted) or module.weight_quantizer is None:
             return None
         grid = module.weight_quantizer
         grid.load_parameters(grid.scale / self.by, grid.zero_point)
