@@ -16,7 +16,6 @@ from typing import Any
 
 import open_clip
 import torch
-from lit_clipq.recipes.base import plan
 
 import lit_clipq
 from benchmarks.families import FAMILIES, Family, enliven, family_of, full_config, sample, small_config
@@ -79,7 +78,7 @@ def count(family: Family) -> Counted:
 
     macs = profile(roots, layers, forward, sample(model, 1, device="meta"), 1).macs
     shares = [
-        plan(make_recipe(RECIPE, attention_products=products), layers).with_macs(macs).float_share
+        make_recipe(RECIPE, attention_products=products).plan(layers).with_macs(macs).float_share
         for products in (True, False)
     ]
     fused = tuple(sorted({record.original for record in records if not record.explicit}))
