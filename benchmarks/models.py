@@ -17,8 +17,8 @@ from typing import Any
 import open_clip
 import torch
 
-import lit_clipq
 from benchmarks.families import FAMILIES, Family, enliven, family_of, full_config, sample, small_config
+from lit_clipq.api import preview, quantize
 from lit_clipq.calibration.profile import profile
 from lit_clipq.errors import LitClipqError
 from lit_clipq.models import encode_image, encode_text, load_clip, make_explicit
@@ -78,7 +78,7 @@ def count(family: Family) -> Counted:
 
     macs = profile(roots, layers, forward, sample(model, 1, device="meta"), 1).macs
     shares = [
-        make_recipe(RECIPE, attention_products=products).plan(layers).with_macs(macs).float_share
+        preview(roots, make_recipe(RECIPE, attention_products=products)).with_macs(macs).float_share
         for products in (True, False)
     ]
     fused = tuple(sorted({record.original for record in records if not record.explicit}))
@@ -91,6 +91,7 @@ def _without_mask(_: object, args: tuple[Any, ...], options: dict[str, Any]) -> 
 
 def quantize_small(family: Family, samples: int = 8) -> str:
     """Quantize the small member; the signal-to-noise ratio of both embeddings in dB, or why it is refused."""
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         model = load_clip(str(small_config(family, Path(folder)))).model
     enliven(model)
@@ -98,7 +99,7 @@ def quantize_small(family: Family, samples: int = 8) -> str:
     with torch.no_grad():
         before = encode_image(model, images), encode_text(model, tokens)
         try:
-            lit_clipq.quantize(model, [(images, tokens)], make_recipe(RECIPE))
+            quantize(model, [(images, tokens)], make_recipe(RECIPE))
         except LitClipqError as error:
             return f"refused: {error}"
         after = encode_image(model, images), encode_text(model, tokens)

@@ -26,6 +26,7 @@ from lit_clipq.nn.layout import ROWS
 from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import Layer, QuantizationMap, find_layers, towers
 from lit_clipq.recipes import Recipe
+from lit_clipq.recipes.widths import TOWERS
 from lit_clipq.stages.draft import Draft
 from lit_clipq.stages.schedule import asked, blocks_side_by_side, needs_one_draft, prepare, visit, whole_passes
 
@@ -38,6 +39,7 @@ Texts = Callable[[Batch], Tensor | None]
 Progress = Callable[[str, int, int], None]
 """Told a layer that is done, how many are, and of how many."""
 
+UNREACHED = "no calibration forward of the model reaches it"
 _RANGE_BYTES = 8  # a float32 minimum and maximum
 
 
@@ -310,7 +312,29 @@ class _Work:
             raise ConfigError(f"no layer is left to quantize, {planned.entries[0].name}: {planned.entries[0].reason}")
         if self.cost is None:
             self.cost = _measure(self.roots, self.layers, self.data)
-        return planned.with_macs(self.cost.macs)
+        planned = self._without_unreached(planned.with_macs(self.cost.macs))
+        if not planned.quantized:
+            raise ConfigError("no layer is left to quantize: the calibration forward reaches none of those chosen")
+        return planned
+
+    def _without_unreached(self, planned: QuantizationMap) -> QuantizationMap:
+        """Leave layers float that no forward reaches, and refuse a set without a batch for a tower.
+
+        Raises:
+            CalibrationError: If no layer of a tower with layers to quantize saw a batch.
+        """
+        reached = set(self._reached(planned)) | {name for name, macs in (self.cost or Profile()).macs.items() if macs}
+        towers_reached = {layer.tower for layer in self.layers if layer.name in reached}
+        kinds = {layer.name: layer.kind for layer in self.layers}
+        unseen = [e for e in planned.quantized if e.name not in reached and not kinds[e.name].is_table]
+        missing = [entry for entry in unseen if entry.tower not in towers_reached]
+        if missing:
+            raise CalibrationError(
+                f"layer {missing[0].name} saw 0 calibration batches ({len(missing)} such layers); give batches that "
+                "reach it (pictures for the image tower, texts for the text tower), exclude it, or set its tower to 32 "
+                f"bits ({_at_32_bits(missing[0].tower)})"
+            )
+        return planned.left_float({entry.name: UNREACHED for entry in unseen})
 
     def _lengths(self) -> Callable[[Batch], Tensor | None]:
         """Return what tells the valid positions of a batch's texts, where the text tower has the end-token rule."""
@@ -370,8 +394,6 @@ class _Work:
         drafts = [Draft(session, plan, recipe.stages) for recipe, plan in members]
         footprints = [self._footprint(recipe, plan, session) for recipe, plan in members]
         if not dry_run:
-            for plan in (plan for _, plan in members):
-                self._check_reached(plan)
             try:
                 for draft in drafts:
                     prepare(draft)
@@ -425,15 +447,9 @@ class _Work:
             )
         return needed, passes
 
-    def _check_reached(self, plan: QuantizationMap) -> None:
-        reached = set(self._reached(plan))
-        kinds = {layer.name: layer.kind for layer in self.layers}
-        unseen = [e.name for e in plan.quantized if not kinds[e.name].is_table and e.name not in reached]
-        if unseen:
-            raise CalibrationError(
-                f"layer {unseen[0]} saw 0 calibration batches ({len(unseen)} such layers); give batches that reach it "
-                "(pictures for the image tower, texts for the text tower) or exclude it"
-            )
+
+def _at_32_bits(tower: str) -> str:
+    return f"{tower}_bits 32" if tower in TOWERS else f'widths {{"{tower}.*": float}}'
 
 
 def _bytes_of(draft: Draft) -> int:

@@ -20,10 +20,10 @@ from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.checkpoint.training import check_training_checkpoint
 from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, require
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
+from lit_clipq.models.training_checkpoint import check_training_checkpoint
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe
@@ -279,7 +279,8 @@ class QuantTrainer(Trainer):
             model=task.model_name,
             pretrained=task.pretrained,
             recipe=recipe.name if recipe else None,
-            bits=asdict(recipe.bits) if recipe else None,
+            bits=recipe.bits.by_tower() if recipe else None,
+            widths=recipe.bits.in_words() if recipe else "",
             float_metrics=measured.metrics,
             quantized_metrics=quantized.metrics,
             differences=_differences(measured, quantized),

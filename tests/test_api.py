@@ -123,11 +123,20 @@ def test_bad_weights_are_named(net, batches):
         run(net, batches)
 
 
-def test_layers_that_no_batch_reaches_are_named(net, batches):
+def test_layers_that_no_forward_reaches_are_float_and_listed(net, batches):
     net.unused = nn.Linear(2, 2)
-    with pytest.raises(CalibrationError, match=r"layer net\.unused saw 0 calibration batches"):
-        run(net, batches)
-    run(net, batches, make_recipe("vanilla", exclude=("net.unused",)))
+    report = run(net, batches)
+    (entry,) = [entry for entry in report.map.entries if entry.name == "net.unused"]
+    assert entry.reason == "no calibration forward of the model reaches it"
+    assert (entry.weight_bits, entry.activation_bits, entry.macs) == (32, 32, 0)
+    assert isinstance(net.unused, nn.Linear)
+
+
+def test_a_tower_that_no_batch_reaches_is_an_error_with_the_ways_out(net, batches):
+    roots = {"net": net, "other": nn.Sequential(nn.Linear(2, 2))}
+    with pytest.raises(CalibrationError, match=r"layer other\.0 saw 0 calibration .*, or set its tower"):
+        quantize(roots, batches, make_recipe("vanilla"), forward=net)
+    quantize(roots, batches, make_recipe("vanilla", bits=BitWidths.resolve({}, {"other.*": "float"})), forward=net)
 
 
 def test_an_empty_calibration_set_is_refused(net):
@@ -155,7 +164,7 @@ def test_it_works_inside_inference_mode(net, batches):
 
 def test_towers_at_32_bits_each_touch_nothing(net, batches):
     bits = BitWidths.resolve({"vision_bits": 32, "text_bits": 32})
-    assert not bits.all_float  # other networks would have 8 bits
+    assert not bits.all_float()  # other networks would have 8 bits
     clip = nn.ModuleDict({"visual": net})
     before = {name: type(module) for name, module in clip.named_modules()}
     report = quantize({"clip": clip}, batches, make_recipe("vanilla", bits=bits), forward=net)

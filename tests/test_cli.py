@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from callbacks import Quantize
 from datamodules import MiniRetrieval
@@ -265,14 +266,76 @@ def test_later_ranks_do_as_the_first_decided(tmp_path, monkeypatch, decided, exp
         assert trainer._remembered(path) is None
 
 
-def test_a_network_that_is_quantized_is_not_measured_as_float(tmp_path):
+def test_a_trainer_measures_float_and_quantizes_again(tmp_path):
     task = Retrieval("mini-vit", "mini")
     callback = Quantize(recipe="vanilla", calibration_samples=8)
     options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "use_distributed_sampler": False}
     trainer = QuantTrainer(**options, callbacks=[callback], results=str(tmp_path / "results.json"))
-    trainer.validate(task, datamodule=MiniRetrieval(limit=20))
-    with pytest.raises(ConfigError, match="quantized by an earlier run"):
+    trainer.float_cache = False
+    first, second = [], []
+    for found in (first, second):
         trainer.validate(task, datamodule=MiniRetrieval(limit=20))
+        content = json.loads((tmp_path / "results.json").read_text())
+        found += [content["metrics"], content["map"], {n: x.clone() for n, x in task.clip.state_dict().items()}]
+    assert first[:2] == second[:2]
+    assert all(torch.equal(value, second[2][name]) for name, value in first[2].items())
+
+
+def test_a_network_whose_float_weights_are_gone_is_not_measured_as_float(tmp_path):
+    kept = tmp_path / "kept"
+    validate(tmp_path, "--quantize.recipe", "vanilla", "--quantize.save", str(kept))
+    task, callback = Retrieval("mini-vit", "mini"), Quantize(load=str(kept))
+    options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "use_distributed_sampler": False}
+    trainer = QuantTrainer(**options, callbacks=[callback], results=str(tmp_path / "results.json"))
+    trainer.validate(task, datamodule=MiniRetrieval(limit=20))
+    with pytest.raises(ConfigError, match="did not keep its float weights"):
+        trainer.validate(task, datamodule=MiniRetrieval(limit=20))
+
+
+STAGES = "[{grids: {softmax: twin, gelu: twin}}, {search: {distance: l2}}]"
+FEW_LAYERS = ["--quantize.include", "clip.visual.transformer.resblocks.0.*"]
+
+
+def test_stages_and_widths_from_the_command_line(tmp_path):
+    widths = '{"clip.visual.*.mlp.c_fc": w4a16, "*.out_proj": float}'
+    results = validate(tmp_path, "--quantize.stages", STAGES, "--quantize.widths", widths, *FEW_LAYERS)
+    assert results["recipe"] == "grids+search"
+    assert results["quantize"]["stages"][-1]["search"]["distance"] == "l2"
+    of = {entry["name"].rpartition("resblocks.0.")[2]: entry for entry in results["map"] if not entry["reason"]}
+    assert (of["mlp.c_fc"]["weight_bits"], of["mlp.c_fc"]["activation_bits"]) == (4, 16)
+    assert (of["mlp.c_proj"]["weight_bits"], of["mlp.c_proj"]["activation_bits"]) == (8, 8)
+    assert "attn.out_proj" not in of
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ("--quantize.stages", "[{search: {}}, {grids: {}}]"),
+            "stage grids works on grids and must stand",
+        ),
+        (("--quantize.stages", "[{grids: {}}, {serach: {}}]"), "unknown stage 'serach'"),
+        (("--quantize.stages", "[{grids: {}}, {search: {distance: l7}}]"), "distance must be one of hessian, l2"),
+        (("--quantize.stages", "[3]"), "unknown stage '[3]'"),
+        (("--quantize.stages", "grids"), "quantize.stages"),
+        (("--quantize.widths", "{nothing.*: 4}"), "quantize.widths pattern 'nothing.*' matches none"),
+        (("--quantize.widths", "{clip.*: w4b8}"), "the widths of 'clip.*' must be"),
+        (("--quantize.widths", "[4]"), "quantize.widths"),
+        (("--quantize.options.bits", "4"), "quantize.options takes no bits; give --quantize.bits"),
+        (("--quantize.options.search", "4"), "search takes its options as a dictionary, got 4"),
+        (("--quantize.options", '{"search.grid.count": 0}'), "count must be 1 to 10000, got 0"),
+        (("--quantize.options", '{"search.grid.low": 5}'), "low must be above 0 and below high"),
+        (("--quantize.options.temperature", "0"), "temperature must be above 0"),
+        (("--quantize.options.seed", "1e30"), "seed"),
+    ],
+)
+def test_stages_widths_and_options_that_cannot_be_are_told_in_one_sentence(tmp_path, capsys, options, told):
+    run = ["validate", "--config", "mini/retrieval", *LIMIT, "--results", str(tmp_path / "r.json"), *options]
+    assert main(run) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert told in lines[-1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lit_clipq.checkpoint.training import check_training_checkpoint
 from lit_clipq.cli import main
 from lit_clipq.errors import ConfigError, ModelError
+from lit_clipq.models.training_checkpoint import check_training_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class Comparison:
     model: str
     pretrained: str | None
     recipe: str | None
-    bits: dict[str, Any] | None
+    bits: dict[str, int] | None
     float_metrics: dict[str, float]
     quantized_metrics: dict[str, float]
     differences: dict[str, Interval]
@@ -43,6 +43,8 @@ class Comparison:
     map: QuantizationMap
     versions: dict[str, str]
     seed: int
+    widths: str = ""
+    """The widths in words."""
     quantize_options: dict[str, Any] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     """Per layer: objective before and after the search, SQNR in dB, clipped share, seconds."""
@@ -133,14 +135,7 @@ def map_table(map_: QuantizationMap) -> RenderableType:
 
 
 def _method(result: Comparison) -> str:
-    if result.recipe is None or result.bits is None:
-        return "float"
-    widths = {
-        f"{tower}: W{result.bits[f'{tower}_weight']}A{result.bits[f'{tower}_activation']}"
-        for tower in ("vision", "text")
-    }
-    values = {width.split(": ")[1] for width in widths}
-    return f"{result.recipe} {values.pop() if len(values) == 1 else ', '.join(sorted(widths, reverse=True))}"
+    return "float" if result.recipe is None else f"{result.recipe} {result.widths}"
 
 
 def _difference(result: Comparison, name: str) -> str:

@@ -120,8 +120,8 @@ class _Product:
 
 
 def _is_softmax(x: Tensor) -> bool:
-    rows = x.float()
-    return bool((rows >= 0).all()) and bool((rows.sum(dim=-1) - 1).abs().max() < 1e-3)
+    rows, rounding = x.float(), max(1e-3, torch.finfo(x.dtype).eps) if x.is_floating_point() else 0.0
+    return bool((rows >= 0).all()) and bool((rows.sum(dim=-1) - 1).abs().max() < rounding)
 
 
 def minimum_of(activation: nn.Module) -> float | None:
@@ -132,7 +132,7 @@ def minimum_of(activation: nn.Module) -> float | None:
     wide = torch.linspace(-20, 20, 40001)
     with torch.no_grad():
         try:
-            values = activation(wide)
+            values = activation(wide.clone())  # it may write into its input
         except (RuntimeError, TypeError, ValueError, IndexError):
             return None  # not a function of one element: a normalisation, a pooling
         if values.shape != wide.shape or not bool(values.isfinite().all()):

@@ -23,6 +23,10 @@ WEIGHTS_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.pth",
     "model.pth",
+    "open_clip_model.safetensors.index.json",
+    "open_clip_pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
 )
 _QUICK_GELU = {"quick_gelu": True, "gelu": False, "gelu_new": False, "gelu_pytorch_tanh": False}
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}

@@ -1,5 +1,6 @@
 """Weights files as people keep them, read without executing anything in them."""
 
+import json
 import logging
 import pickle
 import re
@@ -16,9 +17,11 @@ from lit_clipq.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
+INDEX_SUFFIX = ".index.json"
 WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # Scalars that OpenAI's TorchScript archives carry beside the weights.
 _ARCHIVE_SCALARS = ("input_resolution", "context_length", "vocab_size")
+_LFS_POINTER = b"version https://git-lfs"
 _PREFERRED_KEY = "state_dict"
 _UNREADABLE = (
     pickle.UnpicklingError,
@@ -44,11 +47,11 @@ class FileContent:
 
 
 def read_weights_file(path: Path) -> FileContent:
-    """Read a weights file without executing anything in it.
+    """Read a weights file without executing anything in it; its content decides what it is, not its name.
 
     Args:
-        path: `.safetensors`, a `torch.save` file of tensors, alone or under a key of a training checkpoint, or a
-            TorchScript archive.
+        path: safetensors, a `torch.save` file of tensors, alone or under a key of a training checkpoint, a TorchScript
+            archive, or the index (`.index.json`) of a file in several parts.
 
     Returns:
         The tensors.
@@ -59,21 +62,47 @@ def read_weights_file(path: Path) -> FileContent:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if path.name.endswith(INDEX_SUFFIX):
+        return FileContent(_read_parts(path), None)
     quick_gelu = None
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             content: Any = load_file(path)
         elif _is_torchscript(path):
             content = dict(torch.jit.load(str(path), map_location="cpu").state_dict())
             quick_gelu = _activation_of_archive(path, content)
             content = {name: tensor for name, tensor in content.items() if name not in _ARCHIVE_SCALARS}
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # by name torch would go by the suffix
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"weights file {path} does not exist; give an existing file or a published tag") from None
     except (SafetensorError, *_UNREADABLE) as error:
         raise _unreadable(path, error) from error
     return FileContent(_state_dict_in(content, path), quick_gelu)
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    """Read a file in several parts, of which an index says which tensor lies where.
+
+    Raises:
+        ModelError: An index of another layout, a part that is absent or outside of its folder, or lacks a tensor.
+    """
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]
+        names = sorted({Path(part).name for part in places.values()})
+        outside = [part for part in places.values() if Path(part).name != part]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is no index of a weights file in parts ({error!r}); fetch it again") from error
+    if outside:
+        raise ModelError(f"{index} names the part {outside[0]!r}, which leaves its folder; expected names inside it")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        state.update(read_weights_file(index.parent / name).state)
+    absent = sorted(places.keys() - state.keys())
+    if absent:
+        raise ModelError(f"{index} lists {absent[0]!r} and {len(absent) - 1} others that no part holds; fetch it again")
+    return state
 
 
 def _state_dict_in(content: Any, path: Path) -> dict[str, Tensor]:
@@ -129,7 +158,14 @@ def _unreadable(path: Path, error: Exception) -> ModelError:
             f"`c = torch.load({str(path)!r}, weights_only=False)` and `torch.save(c['state_dict'], 'weights.pt')` "
             "(or c['model'], or c.state_dict() of a whole module)"
         )
-    if path.is_file() and path.suffix != ".safetensors" and not zipfile.is_zipfile(path) and _is_pickle(path):
+    start = _first_bytes(path, len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        return ModelError(f"weights file {path} is a pointer of Git LFS; fetch the file with git lfs pull")
+    if _is_numpy_archive(path):
+        return ModelError(
+            f"weights file {path} holds NumPy arrays, as big_vision publishes them; give open_clip's file of that model"
+        )
+    if start[:1] == b"\x80" and not zipfile.is_zipfile(path):
         return ModelError(
             f"weights file {path} is a plain pickle, which would run its code, or a torch.save file cut short; "
             "expected safetensors, or a state dict written by torch.save"
@@ -158,9 +194,24 @@ def foreign_objects(path: Path, error: Exception) -> list[str]:
         return re.findall(r"(?:Unsupported (?:global|class): GLOBAL|Unsupported class) ([\w.]+)", str(error))[:1]
 
 
-def _is_pickle(path: Path) -> bool:
+def _first_bytes(path: Path, count: int) -> bytes:
     with path.open("rb") as file:
-        return file.read(1) == b"\x80"
+        return file.read(count)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a JSON header, and that header."""
+    start = _first_bytes(path, 9)
+    plausible = len(start) == 9 and 2 <= int.from_bytes(start[:8], "little") <= path.stat().st_size
+    return (plausible and start[8:] == b"{") or (path.suffix == ".safetensors" and not zipfile.is_zipfile(path))
+
+
+def _is_numpy_archive(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def _is_torchscript(path: Path) -> bool:

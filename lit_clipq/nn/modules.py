@@ -219,8 +219,10 @@ class QMatMul(QModule):
 
 def _decode_loaded(module: QWeighted, _: Any) -> None:
     """Decode the codes that a state dict brought, after its grid was loaded."""
-    if module.weight_codes is not None and getattr(module, "weight", None) is None:
-        module.load_codes(module.weight_codes)
+    quantizer = module.weight_quantizer
+    waiting = module.weight_codes is not None and getattr(module, "weight", None) is None
+    if waiting and quantizer is not None and quantizer.calibrated:
+        module.load_codes(cast(Tensor, module.weight_codes))
 
 
 def storage_shift(quantizer: Quantizer) -> int:

@@ -76,6 +76,22 @@ class QuantizationMap:
         ]
         return QuantizationMap(tuple(rows))
 
+    def left_float(self, reasons: Mapping[str, str]) -> "QuantizationMap":
+        """Return the map with layers left float, by name and reason."""
+        return QuantizationMap(
+            tuple(
+                replace(
+                    entry,
+                    weight_bits=None if entry.weight_bits is None else FLOAT_BITS,
+                    activation_bits=FLOAT_BITS,
+                    reason=reasons[entry.name],
+                )
+                if entry.name in reasons
+                else entry
+                for entry in self.entries
+            )
+        )
+
     def to_json(self) -> list[dict[str, Any]]:
         """Return the entries as plain dictionaries."""
         return [asdict(entry) for entry in self.entries]

@@ -41,7 +41,7 @@ def make_recipe(name: str, **options: Any) -> Recipe:
 
     Args:
         name: One of `recipe_names`.
-        options: Fields of `Recipe`; a stage's name with a dictionary of its options; `equalize`, `start_token` and
+        **options: Fields of `Recipe`; a stage's name with a dictionary of its options; `equalize`, `start_token` and
             `bias_correction`, whether there is such a stage; `softmax_grid`, `gelu_grid`, `per_channel`, `restricted`,
             which are those of `grids`; `sequential`, another name of `propagate: layer`. Dots go into dictionaries:
             `search.distance` is `distance` of `search`.
@@ -68,7 +68,7 @@ def compose(stages: Sequence[Stage | str | Mapping[str, Any]], **options: Any) -
 
     Args:
         stages: Stages, their names, or `{name: options}`; the name of one's own is that of its class, with its module.
-        options: As for `make_recipe`.
+        **options: As for `make_recipe`.
 
     Raises:
         ConfigError: For an unknown stage or option, or an order that cannot be run.
@@ -120,6 +120,8 @@ def stage_class(name: str) -> type[Stage]:
             raise ConfigError(f"stage {name} cannot be imported ({error}); give module.Class on the path") from error
         if not (isinstance(found, type) and issubclass(found, Stage)):
             raise ConfigError(f"expected a class of a stage, but {name} is none; derive it from a stage of lit_clipq")
+        if STAGES.get(getattr(found, "name", "")) is not found:
+            raise ConfigError(f"the class {name} is not registered as a stage; decorate it with `@stage(NAME)`")
         return found
     if name not in STAGES:
         close = get_close_matches(name, STAGES, n=1)

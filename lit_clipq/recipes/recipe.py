@@ -1,5 +1,6 @@
 """What a recipe is: a named list of stages, which layers it is for, and what of the calibration set counts."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -16,6 +17,7 @@ from lit_clipq.stages.schedule import Propagate
 from lit_clipq.stages.stage import Stage
 from lit_clipq.stages.start_tokens import StartTokens, start_products
 
+_MOST_DRAWS = 1000
 PAPER_ONLY = "the report quantized convolutions and MLPs only"
 
 
@@ -57,11 +59,13 @@ class Recipe:
     """Of the draws in the objective."""
 
     def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise ConfigError(f"draws must be at least 1, got {self.draws}")
+        if not 1 <= self.draws <= _MOST_DRAWS:
+            raise ConfigError(f"draws must be at least 1 and at most {_MOST_DRAWS}, got {self.draws}")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed must be at least 0 and below 2^31, got {self.seed}")
         if not 0 < self.token_share <= 1:
             raise ConfigError(f"token_share must be above 0 and at most 1, got {self.token_share}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
         check_order(self.stages)
 

@@ -78,8 +78,8 @@ class BitWidths:
     """Widths by pattern of layer names, on top of those of the towers; of several that match the last one wins."""
 
     def __post_init__(self) -> None:
-        for name in (f"{tower}_{operand}" for tower in (*TOWERS, "other") for operand in OPERANDS):
-            check_bits(name, getattr(self, name))
+        for name, bits in self.by_tower().items():
+            check_bits(name, bits)
 
     @property
     def rules(self) -> tuple[LayerWidths, ...]:
@@ -126,6 +126,10 @@ class BitWidths:
         by_tower = (getattr(self, f"{prefix}_{operand}") for prefix in prefixes for operand in OPERANDS)
         by_pattern = (bits for rule in self.layers for bits in (rule.weight, rule.activation) if bits is not None)
         return all(bits == FLOAT_BITS for bits in (*by_tower, *by_pattern))
+
+    def by_tower(self) -> dict[str, int]:
+        """Return the widths of the towers by name, `vision_weight` and so on; patterns are not among them."""
+        return {name: getattr(self, name) for name in (f"{t}_{o}" for t in (*TOWERS, "other") for o in OPERANDS)}
 
     def in_words(self) -> str:
         """Name the widths for a table: `W8A8`, or tower by tower where they differ, and how many patterns there are."""

@@ -1,6 +1,7 @@
 """Families of candidate grids for one operand: a start (min-max) and what each index stands for."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_clipq.errors import ConfigError
 from lit_clipq.functional.granularity import PerChannel, PerTensor, PerToken
 from lit_clipq.functional.twin import gelu_fake_quantize, softmax_fake_quantize
 from lit_clipq.nn.quantizer import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.search.selection import linear_multipliers
+
+_MOST = 10_000  # candidates: far more than a search tells apart
 
 
 class Candidates(ABC):
@@ -226,6 +230,12 @@ class CandidateGrid:
     """Largest multiple of the min-max scale."""
     powers_of_two: bool = False
     """Twin grids: the two steps differ by a power of two, so that integer hardware needs shifts only."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= _MOST:
+            raise ConfigError(f"count must be 1 to {_MOST}, got {self.count}")
+        if not 0 < self.low < self.high < math.inf:
+            raise ConfigError(f"low must be above 0 and below high, got {self.low} and {self.high}")
 
     def of(
         self, quantizer: Quantizer, low: Tensor, high: Tensor, segments: tuple[int, ...] = (), *, device: torch.device

@@ -73,7 +73,8 @@ def valley(losses: Tensor, slack: float, share: float = 0.02) -> tuple[int, int]
         >>> valley(losses, slack=1.2)
         (1, 4)
     """
-    near = losses <= slack * losses.amin(0, keepdim=True)
+    lowest = losses.amin(0, keepdim=True)
+    near = losses <= torch.where(lowest > 0, slack * lowest, lowest)  # a cosine may round to below 0
     rows = (near.double().mean(1) > share).nonzero().flatten().tolist() or near.any(1).nonzero().flatten().tolist()
     return max(rows[0] - 1, 0), min(rows[-1] + 1, len(losses) - 1)
 

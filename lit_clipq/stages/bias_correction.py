@@ -27,7 +27,7 @@ class BiasCorrection(LayerStage):
     def fit(self, task: LayerTask) -> Any:
         """Correct one layer; reports its mean squared error before and after."""
         module = task.module
-        if not isinstance(module, QWeighted) or task.layer.kind.is_table:
+        if not isinstance(module, QWeighted):
             return None
         mean, squares = channel_errors(module, task.data)
         error = mean.to(module.weight)

@@ -12,6 +12,7 @@ from lit_clipq.calibration.channels import Channels, SeenChannels
 from lit_clipq.calibration.results import LayerResult
 from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer, scale_in_place
 from lit_clipq.calibration.session import Session
+from lit_clipq.errors import CalibrationError
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.swap import QuantizationMap, swap, unswap
 from lit_clipq.stages.stage import Stage
@@ -167,8 +168,18 @@ class Draft:
 
 
 @torch.no_grad()
-def frozen(module: QModule) -> QModule:
-    """Freeze a Q-module, if it is not yet."""
+def frozen(module: QModule, name: str) -> QModule:
+    """Freeze a Q-module, if it is not yet.
+
+    Raises:
+        CalibrationError: If no stage gave one of its grids a scale.
+    """
     if not module.is_frozen:
+        lacking = [q for q in module.quantizers if q is not None and not q.calibrated]
+        if lacking:
+            raise CalibrationError(
+                f"no stage gave the {type(lacking[0]).__name__} of layer {name} its scale; add `search` or `ranges` to "
+                "the stages"
+            )
         module.freeze()
     return module

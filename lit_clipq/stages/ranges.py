@@ -21,6 +21,7 @@ class Ranges(LayerStage):
 
     needs = frozenset({Need.RANGES})
     writes = frozenset({Write.SCALES})
+    tables = True
 
     def fit(self, task: LayerTask) -> Any:
         """Set the ranges of one layer.

@@ -120,7 +120,7 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
         for name, module in draft.modules.items():
             if session.layer[name].kind.is_table:
                 visitor.keep_report(draft, visitor.fit_one(draft, name, None))
-            frozen(module)
+            frozen(module, name)
 
 
 def _names(session: Session, drafts: Sequence[Draft]) -> list[str]:
@@ -198,6 +198,8 @@ class _Visitor:
         """Run the layer stages of one draft on one layer."""
         task = LayerTask(self.session.layer[name], draft.modules[name], draft, data, dict(self.ranges[id(draft)]))
         for stage in layer_stages(draft.stages):
+            if task.layer.kind.is_table and not stage.tables:
+                continue
             told = stage.fit(task)
             if told is not None:
                 task.report[stage.name] = told

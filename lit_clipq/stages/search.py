@@ -27,6 +27,7 @@ class Search(SearchOptions, LayerStage):
 
     needs = frozenset({Need.OPERANDS, Need.GRADIENTS})
     writes = frozenset({Write.SCALES})
+    tables = True
 
     def asks(self) -> frozenset[Need]:
         """Ask for gradients only where they weigh errors."""

@@ -138,9 +138,14 @@ class LayerTask:
 
 
 class LayerStage(Stage):
-    """Works on one layer at a time, all such stages of a recipe on the same observations."""
+    """Works on one layer at a time, all such stages of a recipe on the same observations.
+
+    Attributes:
+        tables: Whether it also takes tables of embeddings, which see nothing: their task has no data.
+    """
 
     scope = Scope.LAYER
+    tables: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, task: LayerTask) -> Any:

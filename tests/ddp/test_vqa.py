@@ -51,7 +51,7 @@ def test_both_evaluate_alike_and_count_each_question_once(runs):
     _, _, one, two = runs
     for rank in two:
         assert rank[2:4] == one[2:4]
-    assert one[3] == {"questions": 18}
+    assert one[3] == {"questions": 18, "images": 6}
 
 
 def test_processes_fill_one_cache(runs):

@@ -144,7 +144,7 @@ def test_truncated_file_is_named(tmp_path, config_file, state, suffix):
         load_clip(str(config_file()), str(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x00" * 40])
 def test_a_file_that_is_no_weights_file_is_named(tmp_path, config_file, content):
     path = tmp_path / "page.pt"
     path.write_bytes(content)

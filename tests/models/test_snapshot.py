@@ -308,6 +308,57 @@ def test_transformers_preprocessing_beside_the_weights_is_used(tmp_path, config_
     torch.testing.assert_close(black(load_clip(str(config_file()), str(tmp_path))), -2 * torch.tensor(MEAN))
 
 
+# Files by their content
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "0123456789abcdef", "weights.pt"])
+def test_safetensors_of_any_name_are_read(tmp_path, config_file, state, name):
+    save_file(state, tmp_path / name)
+    assert_loaded(load_clip(str(config_file()), str(tmp_path / name)), state)
+
+
+def test_a_state_dict_called_safetensors_is_read(tmp_path, config_file, state):
+    torch.save(state, tmp_path / "weights.safetensors")
+    assert_loaded(load_clip(str(config_file()), str(tmp_path / "weights.safetensors")), state)
+
+
+@pytest.mark.parametrize("kind", ["model-0000{}-of-00002.safetensors", "pytorch_model-0000{}-of-00002.bin"])
+def test_a_file_in_parts_is_read_by_its_index(tmp_path, config_file, state, kind):
+    names = list(state)
+    halves = {kind.format(1): names[::2], kind.format(2): names[1::2]}
+    for part, chosen in halves.items():
+        content = {name: state[name] for name in chosen}
+        save_file(content, tmp_path / part) if part.endswith("safetensors") else torch.save(content, tmp_path / part)
+    places = {name: part for part, chosen in halves.items() for name in chosen}
+    base = "model.safetensors" if kind.endswith("safetensors") else "pytorch_model.bin"
+    index = tmp_path / f"{base}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_loaded(load_clip(str(config_file()), str(tmp_path)), state)
+    index.write_text(json.dumps({"weight_map": {**places, "more": kind.format(1)}}))
+    with pytest.raises(ModelError, match="lists 'more'"):
+        load_clip(str(config_file()), str(index))
+    index.write_text(json.dumps({"weight_map": {**places, "more": "../other.bin"}}))
+    with pytest.raises(ModelError, match=r"'\.\./other\.bin', which leaves"):
+        load_clip(str(config_file()), str(index))
+    index.write_text("[]")
+    with pytest.raises(ModelError, match="is no index"):
+        load_clip(str(config_file()), str(index))
+    index.write_text(json.dumps({"weight_map": places}))
+    (tmp_path / kind.format(2)).unlink()
+    with pytest.raises(ModelError, match=r"00002-of-00002\.\w+ does not exist"):
+        load_clip(str(config_file()), str(tmp_path))
+
+
+def test_other_kinds_of_files_are_called_what_they_are(tmp_path, config_file):
+    np.savez(tmp_path / "siglip.npz", weight=np.zeros(3))
+    with pytest.raises(ModelError, match="holds NumPy arrays, as big_vision"):
+        load_clip(str(config_file()), str(tmp_path / "siglip.npz"))
+    pointer = tmp_path / "model.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match="is a pointer of Git LFS; fetch"):
+        load_clip(str(config_file()), str(pointer))
+
+
 # Training checkpoints
 
 

@@ -200,8 +200,8 @@ def test_layers_one_after_the_other_and_bias_correction_run(batch, clip):
 
 
 def test_options_from_the_command_line_are_checked():
-    assert make_recipe("ptq4clip", search={"distance": "l2"}).search.distance == "l2"
-    assert make_recipe("ptq4clip", search={"grid": {"count": 50}}).search.grid.count == 50
+    assert make_recipe("ptq4clip", search={"distance": "l2"}).stages[-1].distance == "l2"
+    assert make_recipe("ptq4clip", search={"grid": {"count": 50}}).stages[-1].grid.count == 50
     with pytest.raises(ConfigError, match="softmax_grid must be one of twin"):
         make_recipe("ptq4clip", softmax_grid="triple")
     with pytest.raises(ConfigError, match="has no option speed"):

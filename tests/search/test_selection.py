@@ -58,6 +58,11 @@ def test_a_valley_holds_the_best_of_nearly_all_problems():
     assert valley(losses, slack=1.5, share=0.0) == (2, 9)
 
 
+def test_a_valley_exists_where_the_lowest_loss_rounds_to_below_zero():
+    losses = torch.tensor([0.5, -1.2e-6, 0.5, 0.5])[:, None]
+    assert valley(losses, slack=1.4) == (0, 2)
+
+
 def test_a_valley_at_the_border_stays_inside():
     assert valley(torch.arange(5.0)[:, None] + 1, slack=1.1) == (0, 1)
     assert valley(5 - torch.arange(5.0)[:, None], slack=1.1) == (3, 4)

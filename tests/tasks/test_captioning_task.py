@@ -139,7 +139,7 @@ def test_resume_from_the_command_line_and_the_files_it_leaves(tmp_path, capsys):
     assert {"captions_float.json", "captions_quantized.json"} < set(first)
     page = (tmp_path / "captions.html").read_text()
     assert page.count("<img") == 6
-    assert "CIDEr quantized (vanilla, vision W8A8, text W8A8): " in page
+    assert "CIDEr quantized (vanilla, W8A8): " in page
     lost = json.loads(first["captions_quantized.json"])[:2]
     (tmp_path / "captions_quantized.json").write_text(json.dumps(lost))
     assert main([*RUN, "--results", str(results), "--resume"]) == 0

@@ -328,7 +328,7 @@ def test_a_head_is_trained_on_quantized_features(root, whole, tmp_path):
     assert not any(isinstance(module, QModule) for module in task.head.modules())
     assert losses != whole[2]
     manifest = json.loads((tmp_path / "cache" / "train-images" / "manifest.json").read_text())
-    assert manifest["key"]["variant"] == "vanilla, vision W4A4, text W4A4"
+    assert manifest["key"]["variant"] == "vanilla, W4A4"
 
     # the float cache is not taken for it, the quantized model is found again by what was saved
     with pytest.raises(ConfigError, match="as 'float', but this run has it as 'vanilla"):
@@ -395,7 +395,7 @@ def test_a_saved_model_is_clip_alone_and_the_head_is_that_of_the_run(root, whole
 @pytest.mark.parametrize("source", ["checkpoint", "file"])
 def test_a_quantized_head_is_not_saved_and_that_is_told_first(root, whole, tmp_path, monkeypatch, source):
     folder, trained, _ = whole
-    monkeypatch.setattr("callbacks.quantize.quantize", None)  # nothing is calibrated
+    monkeypatch.setattr("callbacks.quantize.quantize_many", None)  # nothing is calibrated
     options = {"ckpt_path": checkpoint(folder, ALL_STEPS)} if source == "checkpoint" else {}
     save_head(tmp_path / "head.safetensors", trained.head.state_dict(), trained.record())
     task = make_task("unused", head_weights=None if options else str(tmp_path / "head.safetensors"))
