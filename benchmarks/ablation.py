@@ -65,10 +65,9 @@ def weighing(variant: str) -> Iterator[None]:
     if variant != REFERENCE:
         yield
         return
-    module = "lit_clipq.recipes.ptq4clip"
     with (
-        mock.patch(f"{module}.contrastive_cotangents", self_divergence_gradient),
-        mock.patch(f"{module}.check_gradients", return_value=None),
+        mock.patch("lit_clipq.calibration.objective.contrastive_cotangents", self_divergence_gradient),
+        mock.patch("lit_clipq.calibration.session.check_gradients", return_value=None),
     ):
         yield
 

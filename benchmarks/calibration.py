@@ -30,13 +30,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 import lit_clipq
-from lit_clipq.calibration.collect import Observations, Rows, recording, without_parameter_gradients
+from lit_clipq.calibration.observations import Observations
+from lit_clipq.calibration.passes import CalibrationSet, look
+from lit_clipq.calibration.recorder import Recorder, Watched
 from lit_clipq.functional.granularity import PerChannel
 from lit_clipq.models import LoadedCLIP, encode_image, make_explicit
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QLinear, QMatMul, QModule
 from lit_clipq.nn.quantizer import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
+from lit_clipq.nn.registry import layout_of
 from lit_clipq.recipes import BitWidths, make_recipe
+from lit_clipq.search.data import LayerData
 from lit_clipq.search.layer import LayerSearch, SearchOptions
 from lit_clipq.search.selection import linear_multipliers
 
@@ -76,10 +80,16 @@ class Block:
     entering: Tensor
     gradient: Tensor
 
-    def run(self) -> None:
-        """One forward and one backward pass, back to the first layer that is recorded."""
-        with torch.enable_grad():
-            self.module(self.entering).backward(self.gradient)
+    def observe(self, modules: dict[str, QModule]) -> dict[str, list[Observations]]:
+        """One forward and one backward pass, back to the first layer that is recorded: what the layers saw."""
+        recorder = Recorder({name: Watched(module, layout_of(module)) for name, module in modules.items()})
+        look(
+            CalibrationSet([self.entering], self.module),
+            [recorder],
+            cotangents=lambda *_: {"output": self.gradient[None]},
+            roots=[self.module],
+        )
+        return recorder.seen
 
 
 def blocks_of(loaded: LoadedCLIP, images: Tensor, numbers: Sequence[int]) -> dict[int, Block]:
@@ -135,12 +145,9 @@ def ours(block: Block, bits: int) -> tuple[dict[str, QModule], float]:
     """Search one block: one pass, then layer by layer; returns the layers and seconds."""
     modules = swap_block(block.module, bits)
     started = time.perf_counter()
-    with without_parameter_gradients([block.module]), recording(modules) as recorder:
-        recorder.rows = Rows(torch.arange(len(block.entering)))
-        block.run()
-        recorder.finish_batch()
+    seen = block.observe(modules)
     for name, module in modules.items():
-        LayerSearch(module, recorder.seen.pop(name), SearchOptions(), name=name).run()
+        LayerSearch(LayerData(name, module, seen.pop(name), block.entering.device), SearchOptions()).run()
     return modules, time.perf_counter() - started
 
 
@@ -224,11 +231,7 @@ class PlainLayer:
 
 def plain(block: Block, name: str, module: QModule, bits: int) -> PlainLayer:
     """One pass of the block for one layer."""
-    with recording({name: module}) as recorder:
-        recorder.rows = Rows(torch.arange(len(block.entering)))
-        block.run()
-        recorder.finish_batch()
-    (seen,) = recorder.seen[name]
+    (seen,) = block.observe({name: module})[name]
     weight = module.weight.detach() if isinstance(module, QLinear) else None
     return plain_layer(name, seen, weight, bits)
 
@@ -279,8 +282,7 @@ def compare_blocks(model: str, count: int, numbers: Sequence[int], widths: Seque
             their_seconds, differences, elsewhere = 0.0, {}, {}
             for name, module in swap_block(theirs_block.module, bits).items():
                 started = time.perf_counter()
-                with without_parameter_gradients([theirs_block.module]):
-                    layer = plain(theirs_block, name, module, bits)
+                layer = plain(theirs_block, name, module, bits)
                 with torch.no_grad():
                     layer.search()
                     their_seconds += time.perf_counter() - started

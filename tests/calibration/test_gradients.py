@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_clipq.calibration.collect import Rows, recording, without_parameter_gradients
-from lit_clipq.calibration.objective import back_propagate, contrastive_cotangents, random_directions
+from lit_clipq.calibration.objective import contrastive_cotangents, random_directions
+from lit_clipq.calibration.passes import CalibrationSet, look
+from lit_clipq.calibration.recorder import Recorder, Watched
+from lit_clipq.nn.layout import ROWS
 from lit_clipq.nn.modules import QLinear
 from lit_clipq.nn.quantizer import UniformQuantizer
 
@@ -31,13 +33,10 @@ class Net(nn.Module):
 
 
 def squared_gradients(net, x, directions):
-    modules = {"first": net.first, "second": net.second}
-    with without_parameter_gradients([net]), recording(modules) as recorder:
-        recorder.rows = Rows(torch.arange(SAMPLES))
-        outputs = {"output": net(x)}
-        for i, direction in enumerate(directions):
-            back_propagate(outputs, {"output": direction}, keep=i + 1 < len(directions))
-        recorder.finish_batch()
+    recorder = Recorder({"first": Watched(net.first, ROWS), "second": Watched(net.second, ROWS)})
+    look(CalibrationSet([x], net), [recorder], cotangents=lambda *_: {"output": directions}, roots=[net])
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+    assert not any(m._forward_hooks for m in net.modules())
     return {name: seen[0].weight for name, seen in recorder.seen.items()}
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from lit_clipq.recipes.base import plan
 from torch import nn
 
 from lit_clipq.errors import ConfigError
@@ -73,7 +72,7 @@ def test_recipes_leave_tables_float_unless_asked_and_positions_always():
     layers = find_layers({"clip": text})
 
     def reasons(recipe):
-        return {entry.name: entry.reason for entry in plan(recipe, layers).entries}
+        return {entry.name: entry.reason for entry in recipe.plan(layers).entries}
 
     assert reasons(make_recipe("vanilla"))["clip.word"] == "embedding tables are off in this recipe"
     asked = reasons(make_recipe("vanilla", embeddings=True))
@@ -81,4 +80,4 @@ def test_recipes_leave_tables_float_unless_asked_and_positions_always():
     widths = BitWidths.resolve({"weight_bits": 32})
     assert reasons(make_recipe("vanilla", embeddings=True, bits=widths))["clip.word"] == "text is set to 32 bits"
     with pytest.raises(ConfigError, match="matches none"):
-        plan(make_recipe("vanilla", include=("clip.token*",)), layers)
+        make_recipe("vanilla", include=("clip.token*",)).plan(layers)

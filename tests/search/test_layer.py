@@ -1,22 +1,29 @@
 """The search of one layer against plain loops in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_clipq.calibration.collect import Observations
+from lit_clipq.calibration.observations import Observations, joined
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.granularity import PerChannel, PerTensor
 from lit_clipq.nn.attention import QKVLinear
+from lit_clipq.nn.layout import ROWS
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul
 from lit_clipq.nn.quantizer import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
+from lit_clipq.nn.registry import layout_of
 from lit_clipq.search.candidates import CandidateGrid
-from lit_clipq.search.layer import LayerSearch, SearchOptions, summarise
+from lit_clipq.search.data import LayerData
+from lit_clipq.search.layer import LayerSearch, SearchOptions
 from lit_clipq.search.sampling import patches_of
 from lit_clipq.search.selection import linear_multipliers
+from lit_clipq.stages.bias_correction import channel_errors
 
+CPU = torch.device("cpu")
 COUNT = 25
 PLAIN = {"exhaustive": True, "factored": False, "grid": CandidateGrid(count=COUNT)}
 
@@ -55,10 +62,19 @@ def make_matmul(bits):
 MAKERS = {"linear": make_linear, "conv": make_conv, "matmul": make_matmul}
 
 
-def observed(inputs, weight, parts=1, size=1):
+def observed(layer, inputs, weight, parts=1):
+    """What the layer saw, in so many calls."""
     keys = torch.arange(len(inputs[0]))
     chunks = zip(*(x.chunk(parts) for x in (*inputs, keys, weight)), strict=True)
-    return [Observations(tuple(chunk[:-2]), chunk[-2], chunk[-1]) for chunk in chunks]
+    return [Observations(layout_of(layer), tuple(chunk[:-2]), chunk[-2], chunk[-1]) for chunk in chunks]
+
+
+def search_on(layer, seen, **options):
+    return LayerSearch(LayerData("here", layer, joined(seen), CPU), SearchOptions(**options))
+
+
+def search_of(layer, inputs, weight, parts=1, **options):
+    return search_on(layer, observed(layer, inputs, weight, parts), **options)
 
 
 class Oracle:
@@ -139,8 +155,9 @@ def indices(search):
 
 
 def _named(search):
-    names = [n for n in search.chosen if n != "weight"]
-    return [(n, search.chosen[n]) for n in names] + [(n, v) for n, v in search.chosen.items() if n == "weight"]
+    chosen = search.problem.chosen
+    names = [n for n in chosen if n != "weight"]
+    return [(n, chosen[n]) for n in names] + [(n, v) for n, v in chosen.items() if n == "weight"]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -151,7 +168,7 @@ def test_the_full_grid_is_the_triple_loop(kind, bits, distance):
     oracle = Oracle(layer, inputs, weight, bits, distance)
     before = oracle.objective(oracle.chosen)
     expected = oracle.search()
-    search = LayerSearch(layer, observed(inputs, weight), SearchOptions(**PLAIN, distance=distance))
+    search = search_of(layer, inputs, weight, **PLAIN, distance=distance)
     result = search.run()
     assert indices(search) == expected
     assert result.before == pytest.approx(before, rel=1e-4)
@@ -162,9 +179,9 @@ def test_the_full_grid_is_the_triple_loop(kind, bits, distance):
 def test_projections_that_share_a_product_have_a_scale_each(segments):
     layer, inputs, weight = make_linear(4, granularity=PerTensor(), segments=segments)
     expected = Oracle(layer, inputs, weight, 4, segments=segments).search()
-    search = LayerSearch(layer, observed(inputs, weight), SearchOptions(**PLAIN))
+    search = search_of(layer, inputs, weight, **PLAIN)
     search.run()
-    assert search.chosen["weight"].tolist() == expected["weight"]
+    assert search.problem.chosen["weight"].tolist() == expected["weight"]
     assert len(layer.weight_quantizer.scale.unique()) == 3
     for part in layer.weight_quantizer.scale.split(segments):
         assert len(part.unique()) == 1
@@ -173,9 +190,9 @@ def test_projections_that_share_a_product_have_a_scale_each(segments):
 def test_a_weight_per_tensor_has_one_scale():
     layer, inputs, weight = make_linear(4, granularity=PerTensor())
     expected = Oracle(layer, inputs, weight, 4, segments=(6,)).search()
-    search = LayerSearch(layer, observed(inputs, weight), SearchOptions(**PLAIN))
+    search = search_of(layer, inputs, weight, **PLAIN)
     search.run()
-    assert search.chosen["weight"].tolist() == expected["weight"]
+    assert search.problem.chosen["weight"].tolist() == expected["weight"]
     assert layer.weight_quantizer.scale.dim() == 0
     layer.freeze()
     assert layer(*inputs).isfinite().all()
@@ -198,9 +215,7 @@ def test_the_search_comes_near_the_best_of_all_pairs_and_never_behind_the_start(
             losses.append(channels if first == "weight" else channels.sum(0, keepdim=True))
         everything.append(torch.stack(losses).amin(0).sum())
     best = torch.stack(everything).min().item()
-    result = LayerSearch(
-        layer, observed(inputs, weight), SearchOptions(grid=CandidateGrid(count=COUNT), factored=False)
-    ).run()
+    result = search_of(layer, inputs, weight, grid=CandidateGrid(count=COUNT), factored=False).run()
     assert result.after <= before * (1 + 1e-6)
     assert best * (1 - 1e-4) <= result.after <= 1.15 * best  # of 25 x 25 pairs, most of which are left out
 
@@ -211,7 +226,7 @@ def test_one_chunk_or_several_give_the_same_grids(kind, options):
     found = []
     for parts in (1, 3):
         layer, inputs, weight = MAKERS[kind](4)
-        result = LayerSearch(layer, observed(inputs, weight, parts), SearchOptions(**options)).run()
+        result = search_of(layer, inputs, weight, parts, **options).run()
         found.append((layer.state_dict(), result.after))
     (state, after), (other, after_parts) = found
     assert after == pytest.approx(after_parts, rel=1e-6)
@@ -221,8 +236,8 @@ def test_one_chunk_or_several_give_the_same_grids(kind, options):
 @pytest.mark.parametrize("distance", ["l2", "l1", "cosine"])
 def test_other_distances_need_no_gradients_and_improve_on_min_max(distance):
     layer, inputs, weight = make_linear(3)
-    seen = [Observations(inputs, torch.arange(len(weight)))]
-    result = LayerSearch(layer, seen, SearchOptions(distance=distance)).run()
+    seen = [Observations(ROWS, inputs, torch.arange(len(weight)))]
+    result = search_on(layer, seen, distance=distance).run()
     assert result.after < result.before
 
 
@@ -230,12 +245,12 @@ def test_the_twin_grids_are_searched_as_well():
     soft = torch.randn(6, 4, 7, generator=generator()).mul(3).softmax(-1)
     layer = QMatMul(MatMul(), TwinSoftmaxQuantizer(4), UniformQuantizer(4, symmetric=False))
     v = torch.randn(6, 7, 3, generator=generator(1))
-    result = LayerSearch(layer, observed((soft, v), torch.ones(6, 4, 3)), SearchOptions()).run()
+    result = search_of(layer, (soft, v), torch.ones(6, 4, 3)).run()
     assert result.after < result.before
     x = F.gelu(torch.randn(40, 5, generator=generator()) * 3)
     linear = nn.Linear(5, 4)
     layer = QLinear(linear, weight_grid(4), TwinGeluQuantizer(4, -0.16997))
-    result = LayerSearch(layer, observed((x,), torch.ones(40, 4)), SearchOptions()).run()
+    result = search_of(layer, (x,), torch.ones(40, 4)).run()
     assert result.after < result.before
     layer.freeze()
     signal, noise = linear(x).square().sum(), (layer(x) - linear(x)).square().sum()
@@ -246,8 +261,9 @@ def test_quality_and_mean_error_are_those_of_the_frozen_layer():
     layer, inputs, weight = make_linear(4)
     with torch.no_grad():
         exact = layer(*inputs)
-    search = LayerSearch(layer, observed(inputs, weight, 2), SearchOptions(factored=False))
-    result, mean = search.run(), search.mean_error()
+    search = search_of(layer, inputs, weight, 2, factored=False)
+    result = search.run()
+    mean, squares = channel_errors(layer, LayerData("here", layer, joined(observed(layer, inputs, weight, 2)), CPU))
     layer.freeze()
     with torch.no_grad():
         error = layer(*inputs) - exact
@@ -255,6 +271,7 @@ def test_quality_and_mean_error_are_those_of_the_frozen_layer():
         (10 * torch.log10(exact.square().sum() / error.square().sum())).item(), abs=0.01
     )
     torch.testing.assert_close(mean, error.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(squares, error.double().square().mean(0), rtol=1e-4, atol=1e-9)
     assert result.after == pytest.approx((error.square() * weight).sum().item(), rel=1e-4)
     assert 0 <= result.clipped <= 1
 
@@ -263,29 +280,29 @@ def test_a_channel_that_nothing_depends_on_keeps_its_min_max_grid():
     layer, inputs, weight = make_linear(4)
     weight[:, 2] = 0  # dead behind a ReLU
     for options in ({}, PLAIN):
-        search = LayerSearch(layer, observed(inputs, weight), SearchOptions(**options))
+        search = search_of(layer, inputs, weight, **options)
         search.run()
-        assert search.candidates["weight"].multipliers[search.chosen["weight"][2]] == 1
+        assert search.candidates["weight"].multipliers[search.problem.chosen["weight"][2]] == 1
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_factored_weights_are_those_of_rows_times_those_of_channels(kind, parts):
     layer, inputs, weight = MAKERS[kind](4)
-    search = LayerSearch(layer, observed(inputs, weight, parts), SearchOptions())
+    search = search_of(layer, inputs, weight, parts)
     (seen,) = search.data
     rows, channels = weight.mean(1, keepdim=True), weight.movedim(1, -1).flatten(0, -2).mean(0)
     expected = rows * channels.view(-1, *[1] * (weight.dim() - 2)) / weight.mean()
     torch.testing.assert_close(seen.weight * search.unit, expected, rtol=1e-5, atol=0)  # float32 sums
     result = search.run()
     other, _, _ = MAKERS[kind](4)
-    plain = LayerSearch(other, observed(inputs, expected), SearchOptions(factored=False)).run()
+    plain = search_of(other, inputs, expected, factored=False).run()
     assert result.after == pytest.approx(plain.after, rel=1e-4)
 
 
 def test_products_of_activations_keep_a_weight_for_each_element():
     layer, inputs, weight = make_matmul(4)
-    search = LayerSearch(layer, observed(inputs, weight), SearchOptions())
+    search = search_of(layer, inputs, weight)
     torch.testing.assert_close(search.data[0].weight * search.unit, weight, rtol=1e-6, atol=0)
 
 
@@ -293,10 +310,10 @@ def test_units_without_influence_count_for_the_range_only():
     layer, (x,), weight = make_linear(4)
     weight[::2] = 0
     x[0] = 500.0
-    search = LayerSearch(layer, observed((x,), weight), SearchOptions(**PLAIN))
+    search = search_of(layer, (x,), weight, **PLAIN)
     search.run()
     other, _, _ = make_linear(4)
-    kept = LayerSearch(other, observed((x[1::2],), weight[1::2]), SearchOptions(**PLAIN))
+    kept = search_of(other, (x[1::2],), weight[1::2], **PLAIN)
     assert len(search.data[0].keys) == 12
     assert search.candidates["input"].scale > 5 * kept.candidates["input"].scale
 
@@ -304,30 +321,76 @@ def test_units_without_influence_count_for_the_range_only():
 def test_no_candidate_tracks_gradients():
     layer, inputs, weight = make_linear(4)
     with torch.enable_grad():
-        search = LayerSearch(layer, observed(inputs, weight), SearchOptions())
+        search = search_of(layer, inputs, weight)
         search.run()
     assert not any(o.target.requires_grad for o in search.data)
     assert not layer.weight_quantizer.scale.requires_grad
 
 
-def test_the_list_of_observations_is_emptied_so_that_nothing_is_held_twice():
+def test_joining_empties_the_list_of_observations_so_that_nothing_is_held_twice():
     layer, inputs, weight = make_linear(4)
-    seen = observed(inputs, weight, 4)
-    LayerSearch(layer, seen, SearchOptions())
+    seen = observed(layer, inputs, weight, 4)
+    (whole,) = joined(seen)
     assert seen == []
+    assert torch.equal(whole.inputs[0], inputs[0])
+    assert torch.equal(whole.weight, weight)
+
+
+def tensors_of(o):
+    return [x for x in (*o.inputs, o.keys, o.weight, o.target, *(o.extremes or ())) if x is not None]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"factored": False}, PLAIN, {"distance": "l2"}, {"distance": "cosine"}],
+    ids=["default", "elements", "full", "l2", "cosine"],
+)
+def test_a_search_leaves_its_observations_untouched(kind, options):
+    """So that searches of several widths share them, whatever each of them takes."""
+    layer, inputs, weight = MAKERS[kind](4)
+    weight[0] = 0  # units without influence are left out of the first part, the second one is taken as it is
+    with torch.no_grad():
+        target = layer.product(*inputs) + 0.1
+    extremes = tuple(torch.stack([x.flatten(0, -2).amin(0) - 1, x.flatten(0, -2).amax(0) + 1]) for x in inputs)
+    parts = zip(observed(layer, inputs, weight, 2), target.chunk(2), strict=True)
+    seen = [replace(o, target=part, extremes=extremes) for o, part in parts]
+    before = [[x.clone() for x in tensors_of(o)] for o in seen]
+    own = {name: value.clone() for name, value in layer.named_parameters()}
+    data = LayerData("here", layer, seen, CPU)
+    first, second = (LayerSearch(data, SearchOptions(**options)).run() for _ in range(2))
+    for o, tensors in zip(seen, before, strict=True):
+        assert len(tensors) == 2 * len(inputs) + 3
+        assert all(torch.equal(x, y) for x, y in zip(tensors_of(o), tensors, strict=True))
+    assert all(torch.equal(value, own[name]) for name, value in layer.named_parameters())
+    assert (first.before, first.after) == (second.before, second.after)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_searches_that_share_observations_find_what_they_find_alone(kind):
+    layer, inputs, weight = MAKERS[kind](4)
+    shared = LayerData("here", layer, joined(observed(layer, inputs, weight, 2)), CPU)
+    for options in ({}, {"factored": False}, {"distance": "l2"}):
+        for bits in (8, 3):
+            module, alone = MAKERS[kind](bits)[0], MAKERS[kind](bits)[0]
+            result = LayerSearch(shared, SearchOptions(**options), module).run()
+            expected = search_of(alone, inputs, weight, 2, **options).run()
+            assert (result.before, result.after) == (expected.before, expected.after)
+            state = alone.state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
 def test_bad_observations_are_errors_that_name_the_layer():
     layer, inputs, weight = make_linear(4)
     with pytest.raises(CalibrationError, match="layer here saw 0 calibration batches"):
-        LayerSearch(layer, [], SearchOptions(), name="here")
+        search_on(layer, [])
     with pytest.raises(CalibrationError, match="of here needs output gradients"):
-        LayerSearch(layer, [Observations(inputs, torch.arange(24))], SearchOptions(), name="here")
+        search_on(layer, [Observations(ROWS, inputs, torch.arange(24))])
     for bad in (float("nan"), float("inf")):
         broken = inputs[0].clone()
         broken[3, 2] = bad
         with pytest.raises(CalibrationError, match="layer here received NaN or Inf"):
-            LayerSearch(layer, observed((broken,), weight), SearchOptions(), name="here")
+            search_of(layer, (broken,), weight)
 
 
 @pytest.mark.parametrize(
@@ -353,9 +416,9 @@ def test_a_convolution_searched_by_patches_finds_what_a_linear_layer_does():
     x = torch.randn(40, 3, 16, 16, generator=generator())
     weight = torch.rand(40, 8, 4, 4, generator=generator(1)) ** 3
     layer = QConv2d(conv, weight_grid(4), UniformQuantizer(4, symmetric=False))
-    by_patches = LayerSearch(layer, observed((x,), weight), SearchOptions(factored=False)).run()
+    by_patches = search_of(layer, (x,), weight, factored=False).run()
     again = QConv2d(conv, weight_grid(4), UniformQuantizer(4, symmetric=False))
-    in_full = LayerSearch(again, observed((x,), weight), SearchOptions(**{**PLAIN, "grid": CandidateGrid()})).run()
+    in_full = search_of(again, (x,), weight, **{**PLAIN, "grid": CandidateGrid()}).run()
     assert by_patches.after < 1.01 * in_full.after
 
 
@@ -364,21 +427,12 @@ def test_grouped_convolutions_are_searched_without_patches():
     conv = nn.Conv2d(4, 4, 3, padding=1, groups=4)
     layer = QConv2d(conv, weight_grid(4), UniformQuantizer(4, symmetric=False))
     x = torch.randn(6, 4, 5, 5, generator=generator())
-    result = LayerSearch(layer, observed((x,), torch.rand(6, 4, 5, 5)), SearchOptions()).run()
+    result = search_of(layer, (x,), torch.rand(6, 4, 5, 5)).run()
     assert result.after < result.before
 
 
 def test_one_operand_alone_is_searched():
     x, weight = torch.randn(30, 5, generator=generator()) ** 3, torch.rand(30, 4, generator=generator(1))
     for quantizers in ((weight_grid(3), None), (None, UniformQuantizer(3, symmetric=False))):
-        result = LayerSearch(QLinear(nn.Linear(5, 4), *quantizers), observed((x,), weight), SearchOptions()).run()
+        result = search_of(QLinear(nn.Linear(5, 4), *quantizers), (x,), weight).run()
         assert result.after <= result.before
-
-
-def test_the_worst_layers_are_named_first():
-    layer, inputs, weight = make_linear(4)
-    result = LayerSearch(layer, observed(inputs, weight), SearchOptions()).run()
-    from dataclasses import replace
-
-    results = {name: replace(result, sqnr_db=db) for name, db in (("a", 30.0), ("b", 5.0), ("c", 12.0))}
-    assert summarise(results, 2) == ["b", "c"]

@@ -2,30 +2,30 @@
 
 import pytest
 import torch
-from lit_clipq.calibration.collect import Observations
 from torch import nn
 
+from lit_clipq.calibration.observations import Observations
+from lit_clipq.nn.layout import ROWS
 from lit_clipq.search import losses
-from lit_clipq.search.layer import LayerSearch, SearchOptions
-from tests.search.test_layer import MAKERS, observed
+from tests.search.test_layer import MAKERS, search_of
 
 FIRST, SECOND = [20, 60, 82, 99], [[10], [50], [82]]
 
 
 def searched(kind, distance="hessian", parts=1):
     layer, inputs, weight = MAKERS[kind](4)
-    return LayerSearch(layer, observed(inputs, weight, parts), SearchOptions(distance=distance, factored=False))
+    return search_of(layer, inputs, weight, parts, distance=distance, factored=False)
 
 
 def one_pair(search, first, second, channel):
     """The objective of a pair, rounded by the quantizers of the layer itself."""
     module = search.module
-    for name, index in zip(search.comparison.names, (first, second), strict=True):
+    for name, index in zip(search.losses.names, (first, second), strict=True):
         search.candidates[name].commit(index)
     total = 0.0
     for o in search.data:
-        left, right = search.comparison.names
-        if search.comparison.weight is None:
+        left, right = search.losses.names
+        if search.losses.weight is None:
             output = module.input_quantizers[left](o.inputs[0]) @ module.input_quantizers[right](o.inputs[1])
         else:
             weight = module.weight_quantizer(module.weight.detach())
@@ -41,11 +41,11 @@ def one_pair(search, first, second, channel):
 def test_a_table_holds_the_objective_of_every_pair(kind, workspace, monkeypatch):
     monkeypatch.setitem(losses._WORKSPACE, "cpu", workspace)
     search = searched(kind, parts=2)
-    channels = search.candidates[search.comparison.names[0]].channels
+    channels = search.candidates[search.losses.names[0]].channels
     first = torch.tensor(FIRST)[:, None].expand(-1, channels)
-    table = search.comparison.losses(search.data, first, torch.tensor(SECOND))
+    table = search.losses.losses(search.data, first, torch.tensor(SECOND))
     assert table.shape == (4, 3, channels)
-    weighted = search.comparison.weight is not None
+    weighted = search.losses.weight is not None
     for i in range(4):
         for j in range(3):
             for channel in range(channels):
@@ -58,17 +58,17 @@ def test_channels_add_up_and_every_nth_is_one_of_them(kind):
     search = searched(kind)
     channels = search.candidates["weight"].channels
     first, second = torch.tensor(FIRST)[:, None].expand(-1, channels), torch.tensor(SECOND)
-    table = search.comparison.losses(search.data, first, second)
-    together = search.comparison.losses(search.data, first, second, per_channel=False)
+    table = search.losses.losses(search.data, first, second)
+    together = search.losses.losses(search.data, first, second, per_channel=False)
     torch.testing.assert_close(table.sum(-1, keepdim=True), together, rtol=1e-6, atol=0)
     if kind == "linear":
-        some = search.comparison.losses(search.data, first[:, ::2], second, step=2)
+        some = search.losses.losses(search.data, first[:, ::2], second, step=2)
         torch.testing.assert_close(some, table[..., ::2], rtol=1e-6, atol=0)
 
 
 def test_an_operand_without_candidates_stays_float():
     search = searched("linear")
-    exact = search.comparison.losses(search.data, None, None)
+    exact = search.losses.losses(search.data, None, None)
     assert exact.shape == (1, 1, 6)
     assert exact.abs().max() < 1e-8  # the target is recomputed by another kernel
 
@@ -76,9 +76,11 @@ def test_an_operand_without_candidates_stays_float():
 def test_a_rank_without_units_adds_nothing():
     search = searched("linear")
     first, second = torch.tensor(FIRST)[:, None].expand(-1, 6), torch.tensor(SECOND)
-    empty = Observations((torch.zeros(0, 5),), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 6), torch.zeros(0, 6))
-    assert search.comparison.losses([empty], first, second).abs().sum() == 0
-    assert search.comparison.losses([], first, second).shape == (4, 3, 6)
+    empty = Observations(
+        ROWS, (torch.zeros(0, 5),), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 6), torch.zeros(0, 6)
+    )
+    assert search.losses.losses([empty], first, second).abs().sum() == 0
+    assert search.losses.losses([], first, second).shape == (4, 3, 6)
 
 
 def test_candidates_are_rounded_to_the_bits_of_the_frozen_layer():
@@ -96,7 +98,7 @@ def test_candidates_are_rounded_to_the_bits_of_the_frozen_layer():
 def test_a_cosine_is_that_of_products_with_their_bias():
     layer, inputs, weight = MAKERS["linear"](4)
     layer.bias.data += 5
-    search = LayerSearch(layer, observed(inputs, weight), SearchOptions(distance="cosine"))
-    first, second = search._pick()
-    found = search.comparison.losses(search.data, first, second, per_channel=False).item()
+    search = search_of(layer, inputs, weight, distance="cosine")
+    first, second = search.problem.pick()
+    found = search.losses.losses(search.data, first, second, per_channel=False).item()
     assert found == pytest.approx(search._assess()[0], rel=1e-4)

@@ -1,12 +1,16 @@
 """Units drawn for a comparison: their sums are those of all units, on average and within the error asked for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_clipq.calibration.collect import Observations, hashed
-from lit_clipq.search.sampling import Draw, joined
+from lit_clipq.calibration.batches import hashed
+from lit_clipq.calibration.observations import Observations, joined
+from lit_clipq.nn.layout import PAIRS, PATCHES, ROWS
+from lit_clipq.search.sampling import Sampler
 
 CPU = torch.device("cpu")
 
@@ -21,12 +25,12 @@ def rows(count=4000, channels=32, heavy=20, seed=0):
     weight[:: count // heavy] *= 1000
     inputs = torch.randn(count, 8, generator=generator(seed + 1))
     keys = torch.arange(count) + seed * count
-    return Observations((inputs,), keys, weight, torch.zeros(count, channels))
+    return Observations(ROWS, (inputs,), keys, weight, torch.zeros(count, channels))
 
 
 def drawn_from(o, cost, error):
-    draw = Draw([o], [cost], CPU)
-    return draw.about(error)[0]
+    sampler = Sampler([o], [cost], CPU)
+    return sampler.sample(error)[0]
 
 
 @pytest.mark.parametrize("error", [0.05, 0.02])
@@ -65,7 +69,7 @@ def test_what_is_drawn_does_not_depend_on_how_it_is_cut():
     o = rows()
     cost = o.weight.sum(1)
     parts = [o.select(slice(0, 1500)), o.select(slice(1500, None))]
-    cut = Draw(parts, [cost[:1500], cost[1500:]], CPU).about(0.05)
+    cut = Sampler(parts, [cost[:1500], cost[1500:]], CPU).sample(0.05)
     assert torch.equal(torch.cat([p.keys for p in cut]), drawn_from(o, cost, 0.05).keys)
 
 
@@ -73,7 +77,7 @@ def products(units=50, m=20, k=6, n=30):
     a, b = torch.randn(units, m, k, generator=generator(0)), torch.randn(units, k, n, generator=generator(1))
     weight = torch.rand(units, m, n, generator=generator(2))
     weight[:, 0] *= 500  # the first query of each
-    return Observations((a, b), torch.arange(units), weight, a @ b)
+    return Observations(PAIRS, (a, b), torch.arange(units), weight, a @ b)
 
 
 def test_rows_of_matrix_products_are_drawn_with_their_right_operand():
@@ -98,8 +102,8 @@ def test_positions_of_a_convolution_are_drawn_as_rows():
     x = torch.randn(30, 2, 12, 12, generator=generator(0))
     target = conv(x).detach()
     weight = torch.rand(target.shape, generator=generator(1)) ** 4
-    o = Observations((x,), torch.arange(30) * 2**24, weight, target)
-    (drawn,) = Draw([o], [weight.sum(1).flatten(1)], CPU, conv).about(0.02)
+    o = Observations(PATCHES, (x,), torch.arange(30) * 2**24, weight, target)
+    (drawn,) = Sampler([o], [weight.sum(1).flatten(1)], CPU, conv).sample(0.02)
     assert drawn.inputs[0].shape[1:] == (18,)
     assert len(drawn.keys) < 30 * 144
     torch.testing.assert_close(drawn.inputs[0] @ conv.weight.detach().flatten(1).T, drawn.target, rtol=1e-4, atol=1e-5)
@@ -107,12 +111,18 @@ def test_positions_of_a_convolution_are_drawn_as_rows():
 
 
 def test_ranges_of_left_out_rows_survive_joining():
-    first, second = (Observations((torch.zeros(2, 3),), torch.arange(2), ranges=r) for r in RANGES)
-    (whole,) = joined([first, second])
-    assert whole.ranges.tolist() == [[-5.0, 7.0]]
+    seen = [Observations(ROWS, (torch.zeros(2, 3),), torch.arange(2), extremes=(e,)) for e in EXTREMES]
+    assert [o.range_of(0).tolist() for o in seen] == [[-5.0, 1.0], [-2.0, 7.0]]
+    (whole,) = joined(seen)
+    (extremes,) = whole.extremes
+    assert extremes.tolist() == [[-5.0, -2.0, 0.0], [1.0, 7.0, 0.5]]
+    assert whole.range_of(0).tolist() == [-5.0, 7.0]
 
 
-RANGES = (torch.tensor([[-5.0, 1.0]]), torch.tensor([[-2.0, 7.0]]))
+EXTREMES = (
+    torch.tensor([[-5.0, -1.0, 0.0], [0.5, 1.0, 0.0]]),  # minimum and maximum of each channel
+    torch.tensor([[-1.0, -2.0, 0.0], [1.0, 7.0, 0.5]]),
+)
 
 
 def test_a_share_of_the_tokens_and_a_draw_of_them_are_independent():
@@ -125,9 +135,8 @@ def test_a_share_of_the_tokens_and_a_draw_of_them_are_independent():
 
 
 def test_samples_far_apart_draw_rows_of_their_own():
-    o = products(units=300)
+    o = replace(products(units=300), keys=torch.arange(300) * 2**24)
     chosen = [set(), set()]
-    o.keys = torch.arange(300) * 2**24
     drawn = drawn_from(o, o.weight.sum(2), 0.1)
     for offset in (0, 128):
         for place, key in enumerate((drawn.keys // 2**24).tolist()):
@@ -141,14 +150,13 @@ def test_samples_far_apart_draw_rows_of_their_own():
 
 def test_pictures_without_influence_draw_nothing():
     conv = nn.Conv2d(2, 8, 3, padding=1, bias=False)
-    empty = Observations(
-        (torch.zeros(0, 2, 4, 4),), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 8, 4, 4), torch.zeros(0, 8, 4, 4)
-    )
+    nothing = torch.zeros(0, 8, 4, 4)
+    empty = Observations(PATCHES, (torch.zeros(0, 2, 4, 4),), torch.zeros(0, dtype=torch.int64), nothing, nothing)
     x = torch.randn(60, 2, 12, 12, generator=generator(0))
     target = conv(x).detach()
-    o = Observations((x,), torch.arange(60), torch.rand(target.shape, generator=generator(1)), target)
-    draw = Draw([o, empty], [o.weight.sum(1).flatten(1), torch.zeros(0, 16)], CPU, conv)
-    drawn = draw.about(0.1)
+    o = Observations(PATCHES, (x,), torch.arange(60), torch.rand(target.shape, generator=generator(1)), target)
+    sampler = Sampler([o, empty], [o.weight.sum(1).flatten(1), torch.zeros(0, 16)], CPU, conv)
+    drawn = sampler.sample(0.1)
     assert 0 < len(drawn[0].keys) < 60 * 144
     assert len(drawn[1].keys) == 0
 
@@ -157,18 +165,18 @@ def test_a_convolution_with_few_patches_becomes_rows_though_all_are_taken(monkey
     conv = nn.Conv2d(2, 3, 3, padding=1, bias=False)
     x = torch.randn(2, 2, 4, 4, generator=generator(0))
     target = conv(x).detach()
-    o = Observations((x,), torch.arange(2), torch.rand(target.shape, generator=generator(1)), target)
-    draw = Draw([o], [o.weight.sum(1).flatten(1)], CPU, conv)
-    assert draw.by_rows(0.0)
-    (drawn,) = draw.about(0.0)
+    o = Observations(PATCHES, (x,), torch.arange(2), torch.rand(target.shape, generator=generator(1)), target)
+    sampler = Sampler([o], [o.weight.sum(1).flatten(1)], CPU, conv)
+    assert sampler.by_rows(0.0)
+    (drawn,) = sampler.sample(0.0)
     assert drawn.inputs[0].shape == (2 * 16, 2 * 9)
     torch.testing.assert_close(drawn.inputs[0] @ conv.weight.detach().flatten(1).T, drawn.target)
     torch.testing.assert_close(drawn.target, target.movedim(1, -1).flatten(0, 2))
     torch.testing.assert_close(drawn.weight, o.weight.movedim(1, -1).flatten(0, 2))
     monkeypatch.setattr("lit_clipq.search.sampling._FEW_PATCHES", 0)
-    draw = Draw([o], [o.weight.sum(1).flatten(1)], CPU, conv)
-    assert not draw.by_rows(0.0)
-    assert draw.about(0.0)[0] is o
+    sampler = Sampler([o], [o.weight.sum(1).flatten(1)], CPU, conv)
+    assert not sampler.by_rows(0.0)
+    assert sampler.sample(0.0)[0] is o
 
 
 def test_how_far_texts_are_padded_does_not_change_what_is_drawn():
@@ -178,10 +186,8 @@ def test_how_far_texts_are_padded_does_not_change_what_is_drawn():
     left, right = torch.randn(400, 12, 5, generator=generator(2)), torch.randn(400, 5, 12, generator=generator(3))
     for padded in (0, 7):
         wide = (0, padded, 0, padded)
-        o = Observations(
-            (F.pad(left, (0, 0, 0, padded)), F.pad(right, (0, padded))), torch.arange(400), F.pad(weight, wide)
-        )
-        o.target = F.pad(target, wide)
+        operands = F.pad(left, (0, 0, 0, padded)), F.pad(right, (0, padded))
+        o = Observations(PAIRS, operands, torch.arange(400), F.pad(weight, wide), F.pad(target, wide))
         drawn = drawn_from(o, o.weight.sum(2), 0.2)
         assert len(drawn.keys) < 400
         found.append((drawn.keys, drawn.weight[..., :12], drawn.inputs[0]))
@@ -194,6 +200,6 @@ def test_rows_of_products_without_a_gradient_do_not_count_as_seen():
     target, weight = torch.randn(4000, 10, 16, generator=generator(0)), torch.zeros(4000, 10, 16)
     weight[:, 0] = torch.rand(4000, 16, generator=generator(1))
     left, right = torch.randn(4000, 10, 5, generator=generator(2)), torch.randn(4000, 5, 16, generator=generator(3))
-    drawn = drawn_from(Observations((left, right), torch.arange(4000), weight, target), weight.sum(2), 0.5)
+    drawn = drawn_from(Observations(PAIRS, (left, right), torch.arange(4000), weight, target), weight.sum(2), 0.5)
     assert 2**14 / 16 <= len(drawn.keys) < 4000
     assert drawn.inputs[0].shape[1] == 1

@@ -4,16 +4,17 @@ import copy
 
 import pytest
 import torch
-from lit_clipq.recipes.equalize import Channels, equalize, expected_error
 from torch import nn
 
 from lit_clipq.api import quantize
+from lit_clipq.calibration.channels import Channels
 from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.models import encode_image, encode_text, fold_batchnorm, load_clip, make_explicit
 from lit_clipq.models.attention.gpt2 import ExplicitGPT2
 from lit_clipq.nn.attention import ExplicitAttention
 from lit_clipq.nn.quantizer import UniformQuantizer
-from lit_clipq.recipes import BitWidths, make_recipe, ptq4clip
+from lit_clipq.recipes import BitWidths, make_recipe
+from lit_clipq.stages.equalize import Equalize, expected_error
 from tests.models.conftest import CONFIGS, build
 
 TEXTS = ["a red star", "two blue cups on sand", "a big green tree to the left of a small black house", "a fish"]
@@ -40,6 +41,11 @@ def equalised(model, batch, recipe=None):
     return plain, changed, gains, report
 
 
+def scaled(report):
+    """Return what equalising says: expected error over that without scaling, by what makes the channels."""
+    return report.stages.get("equalize", {})
+
+
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mini-vit", "mini-resnet")]
 EVERY = pytest.mark.parametrize("run", ["mini-vit-outlier", *SLOW], indirect=True)
 
@@ -56,16 +62,16 @@ def test_factors_are_powers_of_two_and_norms_between_blocks_stay(run):
     moved = {norm for norm, gain in gains.items() if bool((gain != 1).any())}
     assert moved
     assert all("resblocks" in norm for norm in moved)
-    assert {f"clip.{norm}" for norm in moved} <= set(report.stages.get("equalize", {}))
+    assert {f"clip.{norm}" for norm in moved} <= set(scaled(report))
     exponents = torch.cat([gain.log2() for gain in gains.values()])
     assert torch.equal(exponents, exponents.round())
-    assert all(0 < error < 1 for error in report.stages.get("equalize", {}).values())
+    assert all(0 < error < 1 for error in scaled(report).values())
 
 
 def test_planted_outliers_are_found_and_taken_back(run):
     _, plain, _, gains, report = run
-    assert len(report.stages.get("equalize", {})) == 24  # two LayerNorms and an attention in each of eight blocks
-    assert max(report.stages.get("equalize", {}).values()) < 0.1
+    assert len(scaled(report)) == 24  # two LayerNorms and an attention in each of eight blocks
+    assert max(scaled(report).values()) < 0.1
     original = load_clip("mini-vit", "mini").model.state_dict()
     for norm, gain in gains.items():
         if "resblocks" in norm:
@@ -114,7 +120,7 @@ def test_channels_that_something_else_reads_stay(caplog):
 
     before = forward(x)
     report = quantize({"net": network}, [x], make_recipe("ptq4clip", bits=BITS), forward=forward)
-    assert sorted(report.stages.get("equalize", {})) == ["net.blocks.0.before", "net.blocks.1.before"]
+    assert sorted(scaled(report)) == ["net.blocks.0.before", "net.blocks.1.before"]
     assert "net.blocks.0.after makes stay as they are, as something else reads them (2 of 4)" in caplog.text
     for now, then in zip(network["blocks"], original["blocks"], strict=True):
         assert torch.equal(now.after.weight, then.after.weight)
@@ -127,7 +133,7 @@ def test_only_layers_that_are_quantized_decide():
     clip = load_clip("mini-vit-outlier", "mini")
     recipe = make_recipe("ptq4clip", bits=BITS, include=("clip.visual.*",))
     _, _, gains, report = equalised(clip.model, pairs(clip), recipe)
-    assert all(name.startswith("clip.visual.") for name in report.stages.get("equalize", {}))
+    assert all(name.startswith("clip.visual.") for name in scaled(report))
     assert all(bool((gain == 1).all()) for norm, gain in gains.items() if not norm.startswith("visual."))
 
 
@@ -136,7 +142,7 @@ def test_only_layers_that_are_quantized_decide():
 def test_published_recipes_leave_the_norms_as_they_are(recipe):
     clip = load_clip("mini-vit-outlier", "mini")
     _, _, gains, report = equalised(clip.model, pairs(clip), make_recipe(recipe, bits=BITS))
-    assert not report.stages.get("equalize", {})
+    assert not scaled(report)
     assert all(bool((gain == 1).all()) for gain in gains.values())
 
 
@@ -145,7 +151,7 @@ def test_channels_that_are_zero_are_left_alone():
     norm = clip.model.visual.transformer.resblocks[1].ln_2
     norm.weight.data[5] = norm.bias.data[5] = 0
     _, changed, _, report = equalised(clip.model, pairs(clip))
-    assert "clip.visual.transformer.resblocks.1.ln_2" in report.stages.get("equalize", {})
+    assert "clip.visual.transformer.resblocks.1.ln_2" in scaled(report)
     assert all(bool(p.isfinite().all()) for p in changed.state_dict().values() if p.is_floating_point())
 
 
@@ -172,21 +178,22 @@ def test_the_expected_error_is_what_min_max_grids_make(weight_bits, activation_b
 
 
 def staged(model, batches, monkeypatch, **options):
-    """Return the calibration of a run that is stopped behind equalising, and the function that goes on."""
-    stage = {}
+    """Return the draft of a run that is stopped before equalising, and the function that equalises it."""
+    rewrite, drafts = Equalize.rewrite, []
 
     class StopError(Exception):
         pass
 
-    def stop(calibration, **given):
-        stage.update(calibration=calibration, options=given)
+    def stop(_, draft):
+        drafts.append(draft)
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(ptq4clip, "equalize", stop)
+        patch.setattr(Equalize, "rewrite", stop)
         with pytest.raises(StopError):
             quantize(model, batches, make_recipe("ptq4clip", bits=BITS, **options))
-    return stage["calibration"], lambda: equalize(stage["calibration"], **stage["options"])
+    (draft,) = drafts
+    return draft, lambda: rewrite(draft.stage(Equalize), draft)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -205,46 +212,53 @@ def test_towers_of_every_kind_stay_the_same_to_the_bit(kind, monkeypatch):
         return torch.rand(3, 3, size, size, generator=generator), texts
 
     exclude = ("clip.text_decoder.*",) if kind == "coca" else ()
-    _, go_on = staged(model, [batch(1)], monkeypatch, exclude=exclude)
+    draft, go_on = staged(model, [batch(1)], monkeypatch, exclude=exclude)
+    state = copy.deepcopy(model.state_dict())
     images, texts = batch(2)
     with torch.no_grad():
         before = encode_image(model, images), encode_text(model, texts)
         assert go_on()
-        after = encode_image(model, images), encode_text(model, texts)
+        assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
+        with draft.scaled_in_place():
+            assert any(not torch.equal(x, state[key]) for key, x in model.state_dict().items())
+            after = encode_image(model, images), encode_text(model, texts)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["mini-vit-outlier", "mini-resnet"])
-def test_the_float_network_stays_the_same_to_the_bit_and_undo_takes_it_back(name, monkeypatch):
+def test_the_float_network_stays_the_same_to_the_bit_and_removing_takes_it_back(name, monkeypatch):
     clip = load_clip(name, "mini")
     model, (images, texts) = clip.model, pairs(clip, seed=1)
-    calibration, go_on = staged(model, [pairs(clip)], monkeypatch)
+    draft, go_on = staged(model, [pairs(clip)], monkeypatch)
     state = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         before = encode_image(model, images), encode_text(model, texts)
         assert go_on()
+        assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
+        draft.install()  # no layer is quantized yet
         after = encode_image(model, images), encode_text(model, texts)
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
     assert any(not torch.equal(x, state[key]) for key, x in model.state_dict().items())
-    calibration.undo()
+    with torch.no_grad():
+        draft.remove()
     assert all(torch.equal(x, state[key]) for key, x in model.state_dict().items())
 
 
 def test_a_run_that_fails_in_the_proof_leaves_the_weights_as_they_were(monkeypatch):
     clip = load_clip("mini-vit-outlier", "mini")
-    calibration, go_on = staged(clip.model, [pairs(clip)], monkeypatch)
-    state, forward, runs = copy.deepcopy(clip.model.state_dict()), calibration.forward, []
+    draft, go_on = staged(clip.model, [pairs(clip)], monkeypatch)
+    state, changed = copy.deepcopy(clip.model.state_dict()), []
 
-    def fails_the_second_time(batch):
-        runs.append(batch)
-        if len(runs) == 2:
-            raise KeyboardInterrupt
-        return forward(batch)
+    def fails(_):
+        changed.extend(key for key, x in clip.model.state_dict().items() if not torch.equal(x, state[key]))
+        raise KeyboardInterrupt
 
-    calibration.forward = fails_the_second_time
+    draft.session.data.forward = fails
     with pytest.raises(KeyboardInterrupt):
         go_on()
-    calibration.undo()
+    assert changed
+    assert not draft.scalings
     assert all(torch.equal(x, state[key]) for key, x in clip.model.state_dict().items())
 
 
@@ -259,7 +273,7 @@ def test_one_batch_given_twice_is_taken_twice():
 def test_values_stay_where_channels_of_a_weight_share_a_scale_or_a_cache_keeps_them():
     clip = load_clip("mini-vit-outlier", "mini")
     _, _, _, report = equalised(clip.model, pairs(clip), make_recipe("ptq4clip", bits=BITS, per_channel=False))
-    assert report.stages.get("equalize", {})
-    assert not any("attn" in name for name in report.stages.get("equalize", {}))
+    assert scaled(report)
+    assert not any("attn" in name for name in scaled(report))
     assert ExplicitGPT2.hands_on_values
     assert not ExplicitAttention.hands_on_values
