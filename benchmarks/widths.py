@@ -1,9 +1,9 @@
 """Several widths from one collection against a run for each: `python -m benchmarks.widths`.
 
-On a mini model, interleaved in one process: `quantize` once for every width, and `quantize_many` once for all of them. The
-results are compared to the bit. Printed is the time of the latter over that of the former, the median of the repeats. Two
-sets of widths: four that have nothing in common, and the two towers at two widths each, as a sweep over vision and text
-has them, where a layer is wanted at two widths only.
+On a mini model, interleaved in one process: `quantize` once for every width, and `quantize_many` once for all of them.
+The results are compared to the bit. Printed is the time of the latter over that of the former, the median of the
+repeats. Two sets of widths: four that have nothing in common, and the two towers at two widths each, as a sweep over
+vision and text has them, where a layer is wanted at two widths only.
 """
 
 import argparse
