@@ -343,8 +343,10 @@ class _Work:
         if clip is None or not self.text_rule:
             return lambda _: None
 
+        texts = self.texts  # and not `self`, which holds what is returned
+
         def lengths(batch: Batch) -> Tensor | None:
-            tokens = self.texts(batch)
+            tokens = texts(batch)
             return None if tokens is None else text_lengths(clip, tokens)
 
         return lengths
