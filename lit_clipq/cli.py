@@ -7,10 +7,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import reduce
 from importlib.resources import files
 from importlib.util import find_spec
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, cast, get_args
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -61,6 +63,7 @@ class ClipQuantCLI(LightningCLI):
         """Add `--quantize.*`, `--results` and `--resume`."""
         from callbacks import Quantize
 
+        whole_numbers_first(parser)
         parser.add_lightning_class_args(Quantize, "quantize")
         parser.add_argument("--results", type=str, default="results.json", help="Where the results are written (JSON).")
         parser.add_argument(
@@ -237,6 +240,19 @@ def _limited(trainer: QuantTrainer) -> str:
     """Say how much of the training data an epoch has seen, where it was not all."""
     seen, there = trainer.num_training_batches, len(trainer.train_dataloader or ())
     return f", of which an epoch saw {seen:,} of {there:,} batches" if seen < there else ""
+
+
+def whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Let `--trainer.limit_val_batches 1` be one batch, and not 1.0, all of them, in every process.
+
+    `typing` remembers unions without regard to the order of their types, the parser builds some anew, and it takes the
+    first type that fits: what was parsed before in a process decides.
+    """
+    actions: list[Any] = parser._actions
+    for action in actions:
+        kinds = get_args(getattr(action, "_typehint", None))
+        if {int, float} <= set(kinds):
+            action._typehint = reduce(or_, sorted(kinds, key=lambda kind: (kind is float, kind is type(None))))
 
 
 def console() -> Console:

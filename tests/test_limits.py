@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from datamodules import MiniRetrieval
 from lit_clipq.analysis.counts import describe_counts, evaluated_counts
-from lit_clipq.cli import SPAWNING, main
+from lit_clipq.cli import SPAWNING, Parser, main, whole_numbers_first
 from lit_clipq.errors import ConfigError
 from lit_clipq.models import load_clip
 from lit_clipq.trainer import QuantTrainer
@@ -45,6 +45,18 @@ def test_n_is_what_a_limit_lets_through(tmp_path, config, limit, capsys):
     assert found[name] == expected
     assert found[f"{name}_not_evaluated"] == everything - expected
     assert f"N: {expected} {name}" in capsys.readouterr().out
+
+
+def test_one_batch_is_one_batch_in_whatever_order_typing_gives_the_types():
+    parser = Parser(exit_on_error=False)
+    parser.add_argument("--limit", type=float | int | None)
+    assert isinstance(parser.parse_args(["--limit", "1"]).limit, float)  # all of the batches
+    whole_numbers_first(parser)
+    assert [type(parser.parse_args(["--limit", given]).limit) for given in ("1", "0.5", "null")] == [
+        int,
+        float,
+        type(None),
+    ]
 
 
 @pytest.mark.parametrize("config", TASKS)
