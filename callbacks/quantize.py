@@ -198,6 +198,11 @@ class Quantize(pl.Callback):
             return
         plan = preview(roots, _for_task(self.recipe, pl_module))
         others = sorted({entry.name.partition(".")[0] for entry in plan.quantized} - {KEPT})
+        if KEPT not in roots:
+            raise ConfigError(
+                f"--quantize.save keeps a CLIP, but this task has none (it quantizes {', '.join(roots)}); leave out "
+                "--quantize.save"
+            )
         if others:
             raise ConfigError(
                 f"--quantize.save keeps a CLIP alone, but {', '.join(others)} would be quantized, too; leave "

@@ -87,7 +87,7 @@ class BitWidths:
         return (
             LayerWidths("*", self.other_weight, self.other_activation),
             LayerWidths("clip.*", self.text_weight, self.text_activation),
-            LayerWidths("clip.visual.*", self.vision_weight, self.vision_activation),
+            *(LayerWidths(name, self.vision_weight, self.vision_activation) for name in ("clip.visual.*", "vision.*")),
             *self.layers,
         )
 

@@ -17,8 +17,8 @@ class ImageClassification(EvaluationTask):
     """Top-k accuracy of a timm classifier (ViT, DeiT, Swin, ConvNeXt, ...).
 
     This is the setting in which PTQ4ViT (arXiv 2111.12293), RepQ-ViT (2212.08254), ERQ (2407.06794) and AdaLog
-    (2407.12951) publish. The network is called `model` in layer names, and its widths are those of `bits`,
-    `weight_bits` and `activation_bits`. Batches are as for `ZeroShotClassification`; class i of the data is output i of
+    (2407.12951) publish. The network is called `vision` in layer names, and its widths are those of an image tower
+    (`bits`, `vision_bits` and so on). Batches are as for `ZeroShotClassification`; class i of the data is output i of
     the network.
 
     Args:
@@ -50,7 +50,7 @@ class ImageClassification(EvaluationTask):
 
     def roots(self) -> dict[str, nn.Module]:
         """Networks that may be quantized, by name."""
-        return {"model": self.model}
+        return {"vision": self.model}
 
     def calibration_forward(self, batch: CalibrationBatch) -> dict[str, Tensor]:
         """Run the network on the pictures of a calibration batch; gradients flow where they are enabled.

@@ -20,6 +20,10 @@ def test_more_specific_flags_win():
     assert widths.of("head.proj") == (8, 8)
 
 
+def test_a_classifier_is_an_image_tower():
+    assert BitWidths.resolve({"bits": 8, "vision_bits": 4}).of("vision.blocks.0.mlp.fc1") == (4, 4)
+
+
 def test_operand_flags_reach_every_tower():
     widths = BitWidths.resolve({"weight_bits": 4, "activation_bits": 8})
     assert {widths.of(name) for name in ("clip.visual.conv1", "clip.text_projection", "head.proj")} == {(4, 8)}

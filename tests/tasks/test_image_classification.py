@@ -114,7 +114,7 @@ def test_classifiers_are_quantized_by_the_same_recipes(name, recipe):
     report = lit_clipq.quantize(task.roots(), [(images, None)], made, forward=task.calibration_forward)
     with torch.no_grad():
         found = task.logits(images)
-    assert {entry.name.partition(".")[0] for entry in report.map.quantized} == {"model"}
+    assert {entry.name.partition(".")[0] for entry in report.map.quantized} == {"vision"}
     assert report.map.float_share < (0.25 if recipe == "vanilla" else 1e-9)
     assert 0 < (found - expected).norm() < 0.1 * expected.norm()
 
@@ -165,13 +165,13 @@ def test_the_configuration_runs_on_photographs_of_imagenet(recipe, real_data, tm
     content = json.loads(results.read_text())
     assert content["metrics"]["quantized"].keys() == {"top1", "top5"}
     assert content["samples"] == {"images": 18, "skipped": 0, "calibration_held_out": 2, "classes": 1000}
-    assert {entry["name"].partition(".")[0] for entry in content["map"] if not entry["reason"]} == {"model"}
+    assert {entry["name"].partition(".")[0] for entry in content["map"] if not entry["reason"]} == {"vision"}
 
 
 def test_saving_is_refused_before_anything_is_evaluated(folder, tmp_path, capsys):
     options = ["--data.root", str(folder), "--model.num_classes", "6", "--results", str(tmp_path / "results.json")]
     assert main([*CONFIG, *FEW, *options, "--quantize.save", str(tmp_path / "saved")]) == 1
     told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: --quantize.save keeps a CLIP alone, but model would be quantized")
+    assert told.startswith("error: --quantize.save keeps a CLIP, but this task has none (it quantizes vision)")
     assert not (tmp_path / "saved").exists()
     assert not (tmp_path / "results.json").exists()
