@@ -21,7 +21,7 @@ from lit_clipq.calibration.session import Session
 from lit_clipq.distributed import check_same_on_all_ranks, gather, world_size
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.inputs import check_batches, check_model
-from lit_clipq.models import encode_image, encode_text, fold_batchnorm, has_end_token_rule, make_explicit, text_lengths
+from lit_clipq.models import encode_image, encode_text, fold_batchnorm, has_end_token_rule, make_explicit
 from lit_clipq.nn.layout import ROWS
 from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import Layer, QuantizationMap, find_layers, towers
@@ -29,13 +29,12 @@ from lit_clipq.recipes import Recipe
 from lit_clipq.recipes.widths import TOWERS
 from lit_clipq.stages.draft import Draft
 from lit_clipq.stages.schedule import asked, blocks_side_by_side, needs_one_draft, prepare, visit, whole_passes
+from lit_clipq.text_lengths import TextLengths, Texts
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Batch], Any]
 """Runs the networks on a batch and returns what matters, a tensor or tensors by name."""
-Texts = Callable[[Batch], Tensor | None]
-"""Returns the texts of a batch as a CLIP's text tower sees them, int64 (B, L), or `None`."""
 Progress = Callable[[str, int, int], None]
 """Told a layer that is done, how many are, and of how many."""
 
@@ -224,7 +223,7 @@ def quantize_many(
         check_model(roots)
         if world_size() == 1 or not isinstance(batches, Sized) or len(batches):  # another rank may hold all of them
             batches = check_batches(batches, pairs=forward is None)
-        work = _Work(roots, list(batches), forward or _clip_forward(roots), texts or _second_of_pair)
+        work = _Work(roots, list(batches), forward or _clip_forward(roots), texts)
         work.memory_limit_bytes = memory_limit_bytes
         return work.run(recipes, started, dry_run=dry_run, progress=progress)
 
@@ -254,7 +253,7 @@ class _Work:
     roots: Mapping[str, nn.Module]
     batches: list[Batch]
     forward: Forward
-    texts: Texts
+    texts: Texts | None = None
     memory_limit_bytes: int | None = None
 
     def run(
@@ -275,7 +274,7 @@ class _Work:
             plans = {number: self._plan(recipes[number]) for number in active}
             for number in active:
                 groups.setdefault(self._shared(recipes[number], plans[number], number), []).append(number)
-            tell = self._progress(progress, [plans[number] for number in active])
+            tell = self._progress(progress, [[plans[number] for number in members] for members in groups.values()])
             for members in groups.values():
                 begun = time.perf_counter() if found else started
                 for number, result in zip(
@@ -313,6 +312,8 @@ class _Work:
         if self.cost is None:
             self.cost = _measure(self.roots, self.layers, self.data)
         planned = self._without_unreached(planned.with_macs(self.cost.macs))
+        if self.text_rule and any(entry.tower == "text" for entry in planned.quantized):
+            self.text_lengths.needed = True
         if not planned.quantized:
             raise ConfigError("no layer is left to quantize: the calibration forward reaches none of those chosen")
         return planned
@@ -342,14 +343,8 @@ class _Work:
         self.text_rule = clip is not None and has_end_token_rule(clip)
         if clip is None or not self.text_rule:
             return lambda _: None
-
-        texts = self.texts  # and not `self`, which holds what is returned
-
-        def lengths(batch: Batch) -> Tensor | None:
-            tokens = texts(batch)
-            return None if tokens is None else text_lengths(clip, tokens)
-
-        return lengths
+        self.text_lengths = TextLengths(clip, self.texts)
+        return self.text_lengths
 
     def _shared(self, recipe: Recipe, plan: QuantizationMap, number: int) -> Any:
         """Return what recipes have in common that one collection serves."""
@@ -357,10 +352,13 @@ class _Work:
         collected = asked(recipe.stages) & {need for need in Need if need.by_layer or need is Need.RANGES}
         return recipe.collection(plan, self.layers, text_rule=self.text_rule), collected, recipe.propagate, alone
 
-    def _progress(self, progress: Progress | None, plans: Sequence[QuantizationMap]) -> Callable[[str], None]:
+    def _progress(
+        self, progress: Progress | None, groups: Sequence[Sequence[QuantizationMap]]
+    ) -> Callable[[str], None]:
         if progress is None:
             return lambda _: None
-        tell, total, done = progress, sum(len(self._reached(plan)) for plan in plans), 0
+        tell, done = progress, 0
+        total = sum(len({name for plan in plans for name in self._reached(plan)}) for plans in groups)
 
         def told(name: str) -> None:
             nonlocal done
@@ -492,9 +490,3 @@ def _clip_forward(roots: Mapping[str, nn.Module]) -> Forward:
         return outputs
 
     return forward
-
-
-def _second_of_pair(batch: Batch) -> Tensor | None:
-    """Return the texts of (images, texts)."""
-    texts = batch[1] if isinstance(batch, tuple | list) and len(batch) == 2 else None
-    return texts if isinstance(texts, Tensor) and texts.dim() == 2 and not texts.is_floating_point() else None

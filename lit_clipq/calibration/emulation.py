@@ -8,6 +8,33 @@ from torch import Tensor
 
 from lit_clipq.nn.modules import Phase, QModule, QWeighted
 
+Parameters = tuple[Tensor | None, Tensor | None]
+"""Weight and bias of a layer."""
+
+
+def parameters_of(module: QModule) -> Parameters:
+    """Return the float weight and bias that a layer holds now."""
+    return (module._parameters.get("weight"), module.bias) if isinstance(module, QWeighted) else (None, None)
+
+
+@contextmanager
+def holding(modules: Mapping[str, QModule], parameters: Mapping[str, Parameters]) -> Iterator[None]:
+    """Let layers hold other weights and biases while the context is open; what they held comes back however it ends.
+
+    Args:
+        modules: Layers in their float phase, by name.
+        parameters: What they hold meanwhile.
+    """
+    weighted = {name: module for name, module in modules.items() if isinstance(module, QWeighted)}
+    held = {name: parameters_of(module) for name, module in weighted.items()}
+    try:
+        for name, module in weighted.items():
+            _put(module, *parameters[name])
+        yield
+    finally:
+        for name, module in weighted.items():
+            _put(module, *held[name])
+
 
 @torch.no_grad()
 def rounded_weight(module: QWeighted) -> Tensor:
@@ -16,7 +43,7 @@ def rounded_weight(module: QWeighted) -> Tensor:
 
 
 @contextmanager
-def emulated(modules: Mapping[str, QModule], rounded: Mapping[str, tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+def emulated(modules: Mapping[str, QModule], rounded: Mapping[str, Parameters]) -> Iterator[None]:
     """Quantize layers while the context is open; their float weights and biases come back however it ends.
 
     Args:

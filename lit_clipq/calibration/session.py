@@ -4,7 +4,7 @@ A session serves what stages need. What is asked for together is collected in on
 something upstream of it, and nobody writes to it, so that several recipes can read the same.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -65,7 +65,6 @@ class Session:
         budget: What observations take.
         collection: What is collected.
         text_rule: Whether the text tower is causal and pooled at its end token.
-        on_undo: What takes back what stages changed in place, the last first.
         passes: How often the whole set ran.
     """
 
@@ -75,7 +74,6 @@ class Session:
     budget: Budget
     collection: Collection = field(default_factory=Collection)
     text_rule: bool = False
-    on_undo: list[Callable[[], None]] = field(default_factory=list)
     passes: int = 0
     _known: dict[Need, Any] = field(default_factory=dict)
     _gradients: Cotangents | None = None
@@ -138,11 +136,6 @@ class Session:
         """End the validity of what was seen downstream of a change in the networks."""
         for need in {need for write in writes for need in SPOILS[write]}:
             self._known.pop(need, None)
-
-    def undo(self) -> None:
-        """Take back what stages changed in place."""
-        while self.on_undo:
-            self.on_undo.pop()()
 
     def run(self, observers: Sequence[Observer], cotangents: Cotangents | None = None) -> None:
         """Run the set once with the rows of this session's collection; see `passes.look`."""

@@ -46,7 +46,8 @@ def replay(structure: Sequence[Entry], modules: Mapping[str, QModule]) -> None:
 def add_bias(module: QWeighted, name: str) -> Entry:
     """Give a layer without a bias one of zeros, and return the entry that says so."""
     weight = module.weight
-    module.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
+    zeros = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+    module.bias = nn.Parameter(zeros, requires_grad=weight.requires_grad)
     return {"kind": "bias", "layer": name}
 
 

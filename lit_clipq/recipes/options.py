@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, TypeVar, get_type_hints
 
+from lit_clipq.calibration.needs import Need
 from lit_clipq.errors import ConfigError
 from lit_clipq.recipes.presets import PRESETS
 from lit_clipq.recipes.recipe import Recipe
@@ -16,6 +17,7 @@ from lit_clipq.stages import STAGES, Stage
 from lit_clipq.stages.bias_correction import BiasCorrection
 from lit_clipq.stages.equalize import Equalize
 from lit_clipq.stages.recorded import Recorded
+from lit_clipq.stages.schedule import asked
 from lit_clipq.stages.start_tokens import StartTokens
 
 T = TypeVar("T")
@@ -27,6 +29,8 @@ OF_STAGES = {
     "restricted": ("grids", "restricted"),
 }
 """Options of a recipe that are those of one of its stages: name to (stage, option)."""
+OF_SEARCHES = {"objective", "draws", "temperature", "seed", "propagate", "store_bfloat16", "token_share"}
+"""Options of a recipe without effect where none of its stages looks at operands."""
 SWITCHES: dict[str, type[Stage]] = {"equalize": Equalize, "start_token": StartTokens, "bias_correction": BiasCorrection}
 """Options of a recipe that say whether it has a stage."""
 
@@ -36,7 +40,7 @@ def recipe_names() -> list[str]:
     return sorted(PRESETS)
 
 
-def make_recipe(name: str, **options: Any) -> Recipe:
+def make_recipe(name: str, /, **options: Any) -> Recipe:
     """Return a recipe by name, with options changed.
 
     Args:
@@ -116,7 +120,7 @@ def stage_class(name: str) -> type[Stage]:
         module, _, kind = name.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), kind)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise ConfigError(f"stage {name} cannot be imported ({error}); give module.Class on the path") from error
         if not (isinstance(found, type) and issubclass(found, Stage)):
             raise ConfigError(f"expected a class of a stage, but {name} is none; derive it from a stage of lit_clipq")
@@ -211,6 +215,8 @@ def _changed(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
             stages = _switched(stages, SWITCHES[name], _validated(bool, value, name, {}))
         elif name in STAGES and isinstance(value, Mapping):
             of_stages.setdefault(name, {}).update(value)
+        elif name == "sequential" and "propagate" in options:
+            raise ConfigError("sequential is another name of `propagate: layer`; give one of the two")
         elif name == "sequential":
             own["propagate"] = "layer" if _validated(bool, value, name, {}) else "none"
         elif name in known:
@@ -219,6 +225,11 @@ def _changed(recipe: Recipe, options: Mapping[str, Any]) -> Recipe:
             raise ConfigError(f"{name} takes its options as a dictionary, got {value!r}; give {name}.OPTION")
         else:
             raise ConfigError(f"recipe {recipe.name!r} has no option {name}; leave it out")
+    searched = {name for name in own if name in OF_SEARCHES}
+    if searched and Need.OPERANDS not in asked(stages):
+        raise ConfigError(
+            f"recipe {recipe.name!r} has no option {', '.join(sorted(searched))}: none of its stages looks at operands"
+        )
     for name, changes in of_stages.items():
         place = next((i for i, stage in enumerate(stages) if stage.name == name), None)
         if place is None:

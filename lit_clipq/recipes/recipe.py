@@ -67,6 +67,11 @@ class Recipe:
             raise ConfigError(f"token_share must be above 0 and at most 1, got {self.token_share}")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be above 0, got {self.temperature}")
+        for option in ("include", "exclude"):
+            if isinstance(getattr(self, option), str):
+                raise ConfigError(f"{option} must be a tuple of patterns, got {getattr(self, option)!r}")
+        if not all(isinstance(stage, Stage) for stage in self.stages):
+            raise ConfigError(f"stages must be stages, got {self.stages!r}; `compose` makes them of names and options")
         check_order(self.stages)
 
     def plan(self, layers: Sequence[Layer]) -> QuantizationMap:
@@ -153,6 +158,13 @@ def check_order(stages: Sequence[Stage]) -> None:
                 f"on {_SCOPES[before.scope]}; got [{listed}]"
             )
     for place, stage in enumerate(stages):
+        stage.check_behind(stages[:place])
+        written = {write for earlier in stages[:place] for write in earlier.writes}
+        missing = sorted(write.name.lower() for write in stage.reads - written)
+        if missing:
+            raise ConfigError(
+                f"stage {stage.name} needs {missing[0]} that a stage in front of it has written; got [{listed}]"
+            )
         early = next((name for name in names[:place] if name in stage.forbids), None)
         if early is not None:
             raise ConfigError(f"stage {stage.name} must not stand behind {early}; got [{listed}]")

@@ -184,5 +184,7 @@ def check_bits(name: str, bits: int) -> None:
     Raises:
         ConfigError: If `bits` is neither 2 to 16 nor 32.
     """
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise ConfigError(f"{name} must be a whole number of bits, got {bits!r}")
     if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
         raise ConfigError(f"{name} must be {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for float; got {bits}")

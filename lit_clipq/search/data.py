@@ -6,6 +6,7 @@ Computed once for a layer and shared by the searches of all widths; nothing here
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -29,10 +30,14 @@ class LayerData:
         module: The layer with its float weight and bias.
         seen: Joined observations of this rank, of which there may be none.
         device: Where the ranks exchange.
+        once: Whether weights of errors are asked for in one form only, so that the gradients they are made of need not
+            be kept.
     """
 
     @torch.no_grad()
-    def __init__(self, name: str, module: QModule, seen: Sequence[Observations], device: torch.device) -> None:
+    def __init__(
+        self, name: str, module: QModule, seen: Sequence[Observations], device: torch.device, *, once: bool = False
+    ) -> None:
         self.name, self.module, self.device = name, module, device
         self._own = [
             [o.range_of(i).cpu() for o in seen if len(o.keys) or o.extremes is not None]
@@ -40,7 +45,9 @@ class LayerData:
         ]
         self._ranges: dict[int, tuple[Tensor, Tensor]] = {}
         self.seen = with_influence(seen)
-        self._weighted: dict[tuple[bool, bool], tuple[list[Observations], float]] = {}
+        self.once = once
+        self._ready: list[Observations] | None = None
+        self._weighted: dict[bool, tuple[list[Observations], float]] = {}
 
     def range_of(self, operand: int) -> tuple[Tensor, Tensor]:
         """Return minimum and maximum of an operand over all ranks, on the CPU; a collective call the first time.
@@ -79,28 +86,34 @@ class LayerData:
         Raises:
             CalibrationError: If gradients are missing.
         """
-        takes_weights = distance == "hessian"
-        key = takes_weights, factor and takes_weights and isinstance(self.module, QWeighted)
+        if distance != "hessian":
+            return [replace(o, weight=None) for o in self._with_targets()], 1.0
+        key = factor and isinstance(self.module, QWeighted)
         if key not in self._weighted:
-            self._weighted[key] = self._weigh(takes_weights, factor=key[1])
+            if any(o.weight is None for o in self.seen):
+                raise CalibrationError(f"the Hessian-weighted distance of {self.name} needs output gradients, got none")
+            self._weighted[key] = self._weigh(factor=key)
         return self._weighted[key]
 
-    def _weigh(self, takes_weights: bool, *, factor: bool) -> tuple[list[Observations], float]:
-        data, unit = list(self.seen), 1.0
-        if takes_weights:
-            if any(o.weight is None for o in data):
-                raise CalibrationError(f"the Hessian-weighted distance of {self.name} needs output gradients, got none")
-            if factor:
-                data = factored(data, len(self.module.get_parameter("weight")), self.device)
-            unit = _unit(data)
-        losses = ProductLosses(self.module, {}, "l2", self.device)
-        return [_ready(o, losses, unit, takes_weights) for o in data], unit
+    def _with_targets(self) -> list[Observations]:
+        """Return the observations with operands in float32 and targets, which everything shares."""
+        if self._ready is None:
+            losses = ProductLosses(self.module, {}, "l2", self.device)
+            self.seen = [replace(o, inputs=tuple(x.float() for x in o.inputs)) for o in self.seen]
+            self._ready = [o if o.target is not None else replace(o, target=losses.targets(o)) for o in self.seen]
+        return self._ready
 
-
-def _ready(o: Observations, losses: ProductLosses, unit: float, takes_weights: bool) -> Observations:
-    weight = o.weight.float() / unit if takes_weights and o.weight is not None else None
-    o = replace(o, inputs=tuple(x.float() for x in o.inputs), weight=weight)
-    return o if o.target is not None else replace(o, target=losses.targets(o))
+    def _weigh(self, *, factor: bool) -> tuple[list[Observations], float]:
+        data = list(self.seen)
+        if factor:
+            data = factored(data, len(self.module.get_parameter("weight")), self.device)
+        unit = _unit(data)
+        weights = [cast(Tensor, o.weight).float() for o in data]
+        # those that were factored are nobody else's yet
+        weights = [w.div_(unit) if factor else w / unit for w in weights]
+        if self.once:
+            self.seen, self._ready = ([replace(o, weight=None) for o in x] for x in (self.seen, self._with_targets()))
+        return [replace(o, weight=w) for o, w in zip(self._with_targets(), weights, strict=True)], unit
 
 
 def _unit(data: Sequence[Observations]) -> float:

@@ -92,7 +92,7 @@ class ProductLosses:
         """Yield (which of the data, which of its units, their product) under one grid (1, channels) of each operand."""
         weight = None if self.weight is None else self._round(0, self.weight, first)[0]
         for number, o in enumerate(data):
-            for part, units in _parts(o, cast(Tensor, o.target).shape[1:].numel(), self._most(o.inputs[0].device)):
+            for part, units in parts(o, cast(Tensor, o.target).shape[1:].numel(), workspace(o.inputs[0].device)):
                 if weight is None:
                     output = self._round(0, units.inputs[0], first)[0] @ self._round(1, units.inputs[1], second)[0]
                 else:
@@ -124,11 +124,11 @@ class ProductLosses:
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         weight = cast(Tensor, self.weight).flatten(1)[::step]
         bias = 0 if self.bias is None else self.bias[::step]
-        channels, most = len(weight), self._most(weight.device)
+        channels, most = len(weight), workspace(weight.device)
         grids = max(1, most // max(len(o.keys) * channels, weight.numel()))
         kept: tuple[slice, Tensor] | None = None
         moved = bias if self.distance != "cosine" else 0  # a difference does not change if both lose the bias
-        for part, units in _parts(o, channels, most):
+        for part, units in parts(o, channels, most):
             del part
             target = _thin(units.target, step) - moved
             squares = None if units.weight is None else _thin(units.weight, step)
@@ -152,12 +152,12 @@ class ProductLosses:
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         del per_channel, step
-        most = self._most(o.inputs[0].device)
+        most = workspace(o.inputs[0].device)
         elements = o.inputs[0].shape[1] * o.inputs[1].shape[2]  # of a unit's product
         for a in _slices(first, _TOGETHER):
             for b in _slices(second, _TOGETHER):
                 pairs = (a.stop - a.start) * (b.stop - b.start)
-                for part, units in _parts(o, pairs * elements, most):
+                for part, units in parts(o, pairs * elements, most):
                     del part
                     left = self._round(0, units.inputs[0], None if first is None else first[a]).transpose(0, 1)
                     right = self._round(1, units.inputs[1], None if second is None else second[b]).permute(1, 2, 0, 3)
@@ -191,9 +191,20 @@ class ProductLosses:
         axis = layout.channel_axis
         return distance_sums(output, target, weight, self.distance, axis=axis, per_channel=per_channel)
 
-    @staticmethod
-    def _most(device: torch.device) -> int:
-        return _WORKSPACE.get(device.type, _LARGE_WORKSPACE)
+
+def workspace(device: torch.device) -> int:
+    """Return how many elements of products are computed at a time."""
+    return _WORKSPACE.get(device.type, _LARGE_WORKSPACE)
+
+
+def target_of(o: Observations) -> Tensor:
+    """Return what the product should be; observations that are ready to be compared on have it."""
+    return cast(Tensor, o.target)
+
+
+def output_elements(o: Observations) -> int:
+    """Return how many elements the product of a unit has."""
+    return target_of(o).shape[1:].numel()
 
 
 def _thin(x: Tensor | None, step: int) -> Tensor:
@@ -205,7 +216,7 @@ def _slices(index: Tensor | None, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _parts(o: Observations, elements: int, most: int) -> Iterator[tuple[slice, Observations]]:
+def parts(o: Observations, elements: int, most: int) -> Iterator[tuple[slice, Observations]]:
     """Cut observations into runs of units whose output, of so many elements a unit, fits the workspace."""
     size = max(1, most // max(1, elements))
     for start in range(0, max(1, len(o.inputs[0])), size):

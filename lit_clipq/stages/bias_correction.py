@@ -11,7 +11,7 @@ from lit_clipq.distributed import sum_over_ranks
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.nn.structure import add_bias
 from lit_clipq.search.data import LayerData
-from lit_clipq.search.losses import ProductLosses
+from lit_clipq.search.losses import ProductLosses, output_elements, parts, target_of, workspace
 from lit_clipq.stages.stage import LayerStage, LayerTask, finite, stage
 
 
@@ -21,6 +21,7 @@ class BiasCorrection(LayerStage):
     """Correct biases: `bias -= E[O^ - O]` for each output channel, over the units that matter."""
 
     needs = frozenset({Need.OPERANDS})
+    reads = frozenset({Write.SCALES})
     writes = frozenset({Write.BIAS})
 
     @torch.no_grad()
@@ -32,9 +33,9 @@ class BiasCorrection(LayerStage):
         mean, squares = channel_errors(module, task.data)
         error = mean.to(module.weight)
         if module.bias is None:
-            task.draft.structure.append(dict(add_bias(module, task.name)))
+            task.structure.append(dict(add_bias(module, task.name)))
         assert module.bias is not None  # noqa: S101 - `add_bias` gave it one
-        module.bias = nn.Parameter(module.bias.detach() - error)
+        module.bias = nn.Parameter(module.bias.detach() - error, requires_grad=module.bias.requires_grad)
         before = float(squares.mean())
         return {"before": finite(before), "after": finite(before - float(mean.double().square().mean()))}
 
@@ -52,9 +53,9 @@ def channel_errors(module: QWeighted, data: LayerData) -> tuple[Tensor, Tensor]:
     losses = ProductLosses(module, {}, "l2", data.device)
     total = torch.zeros(3, len(weight), dtype=torch.float64, device=data.device)
     for o in data.weighted("l2")[0]:
-        if len(o.keys) and o.target is not None:
-            x = o.inputs[0] if quantizer is None else quantizer(o.inputs[0])
-            difference = losses.product(x, o.layout, rounded) - o.target
+        for _, units in parts(o, output_elements(o), workspace(data.device)) if len(o.keys) else ():
+            x = units.inputs[0] if quantizer is None else quantizer(units.inputs[0])
+            difference = losses.product(x, o.layout, rounded).sub_(target_of(units))
             rows = difference.movedim(o.layout.channel_axis, -1).reshape(-1, len(weight))
             total[0] += rows.sum(0, dtype=torch.float64)
             total[1] += rows.square().sum(0, dtype=torch.float64)

@@ -12,7 +12,7 @@ from lit_clipq.calibration.channels import Channels, SeenChannels
 from lit_clipq.calibration.results import LayerResult
 from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer, scale_in_place
 from lit_clipq.calibration.session import Session
-from lit_clipq.errors import CalibrationError
+from lit_clipq.errors import CalibrationError, ModelError
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.swap import QuantizationMap, swap, unswap
 from lit_clipq.stages.stage import Stage
@@ -50,10 +50,6 @@ class Draft:
     installed: bool = False
     scaling: dict[str, LayerScaling] = field(default_factory=dict)
 
-    def has(self, kind: type[Stage]) -> bool:
-        """Whether the recipe has a stage of a kind."""
-        return any(isinstance(stage, kind) for stage in self.stages)
-
     def stage(self, kind: type[S]) -> S:
         """Return the recipe's stage of a kind; there must be one."""
         return next(stage for stage in self.stages if isinstance(stage, kind))
@@ -89,8 +85,8 @@ class Draft:
 
     def change(self, do: Callable[[], None], undo: Callable[[], None]) -> None:
         """Change the float network in place, now and whenever this draft is installed."""
+        self.changes.append((do, undo))  # first, so that what an interrupt leaves half done is taken back
         do()
-        self.changes.append((do, undo))
 
     def scale(self, scalings: list[ChannelScaling]) -> None:
         """Take over channels that are scaled by powers of two, on top of those that are already."""
@@ -105,15 +101,21 @@ class Draft:
         """Put a Q-module in the place of a layer; it takes the weight and bias of this draft."""
         if isinstance(module, QWeighted) and name in self.scaling:
             weight, bias = self.parameters(name)
-            module.weight = nn.Parameter(weight)
-            module.bias = None if bias is None else nn.Parameter(bias)
+            old = module.weight, module.bias
+            module.weight = nn.Parameter(weight, requires_grad=old[0].requires_grad)
+            module.bias = None if bias is None or old[1] is None else nn.Parameter(bias, old[1].requires_grad)
         self.modules[name] = module
 
     # Its place in the network
 
     def install(self) -> None:
-        """Make the network the quantized one."""
+        """Make the network the quantized one.
+
+        Raises:
+            ModelError: If another form of the network is in place.
+        """
         if not self.installed:
+            self._check_float()
             for do, _ in self.changes:
                 do()
             self._place()
@@ -151,6 +153,27 @@ class Draft:
             yield
         finally:
             scale_in_place(modules, self.scalings, back=True)
+
+    def changes_weights(self, name: str) -> bool:
+        """Whether a stage before the layers are visited gave a layer another float weight or bias than this draft's."""
+        module = self.modules[name]
+        if not isinstance(module, QWeighted) or name in self.scaling:
+            return False
+        weight, bias = self.parameters(name)
+        same_bias = (bias is None) == (module.bias is None) and (
+            bias is None or module.bias is None or bias.data_ptr() == module.bias.data_ptr()
+        )
+        return weight.data_ptr() != module.weight.data_ptr() or not same_bias
+
+    def _check_float(self) -> None:
+        """Make sure that every layer stands where it stood when the calibration began."""
+        now = {f"{root}.{n}": m for root, net in self.session.roots.items() for n, m in net.named_modules()}
+        other = next((name for name in self.modules if now.get(name) is not self.session.layer[name].module), None)
+        if other is not None:
+            raise ModelError(
+                f"expected the float network, but {other} is another layer than when it was calibrated; remove the "
+                "form that is in place before this one is installed"
+            )
 
     def _place(self) -> None:
         scale_in_place(self._around, self.scalings)

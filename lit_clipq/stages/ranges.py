@@ -1,5 +1,6 @@
 """Minimum and maximum over the calibration set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ from lit_clipq.errors import ConfigError
 from lit_clipq.functional.granularity import PerToken, extrema
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.nn.quantizer import UniformQuantizer
-from lit_clipq.stages.stage import LayerStage, LayerTask, stage
+from lit_clipq.stages.stage import LayerStage, LayerTask, Stage, stage
 
 
 @stage("ranges")
@@ -21,7 +22,17 @@ class Ranges(LayerStage):
 
     needs = frozenset({Need.RANGES})
     writes = frozenset({Write.SCALES})
+    forbids = frozenset({"search"})
     tables = True
+
+    def check_behind(self, before: Sequence[Stage]) -> None:
+        """Refuse twin grids, whose halves minimum and maximum do not decide."""
+        twin = [(s.name, n) for s in before for n, value in s.options().items() if value == "twin"]
+        if twin:
+            raise ConfigError(
+                f"stage ranges cannot calibrate {twin[0][1]}: twin of stage {twin[0][0]}; put search in its place, or "
+                f"give {twin[0][1]}: uniform"
+            )
 
     def fit(self, task: LayerTask) -> Any:
         """Set the ranges of one layer.

@@ -9,9 +9,8 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from lit_clipq.calibration.emulation import emulated, rounded_weight
+from lit_clipq.calibration.emulation import Parameters, emulated, holding, parameters_of, rounded_weight
 from lit_clipq.calibration.needs import SPOILS, Need
 from lit_clipq.calibration.observations import Observations
 from lit_clipq.calibration.ranges import Ranges
@@ -176,20 +175,25 @@ class _Visitor:
         fitted = _Fitted(name)
         done: dict[Any, LayerTask] = {}
         data: dict[str, LayerData] = {}
-        for draft in self.drafts:
-            if name not in draft.modules:
-                continue
-            scaling = draft.scaling.get(name)
-            scaled = "" if scaling is None else repr([x.tolist() for x in scaling.tensors()])
-            key = json.dumps(draft.modules[name].config()), layer_stages(draft.stages), scaled
+        drafts = [draft for draft in self.drafts if name in draft.modules]
+        floats = {id(draft): _float_form(draft, name) for draft in drafts}
+        waiting = set(floats.values())
+        once = len({_in_json(layer_stages(draft.stages)) for draft in drafts}) == 1
+        for draft in drafts:
+            form = floats[id(draft)]
+            key = form, json.dumps(draft.modules[name].config()), _in_json(draft.stages)
             if seen is not None and key in done:
                 task = replace(done[key], draft=draft)
                 draft.modules[name] = task.module
             else:
-                if seen is not None and scaled not in data:
-                    own = seen if scaling is None else [scaling.observed(o) for o in seen]
-                    data[scaled] = LayerData(name, draft.modules[name], own, self.session.device)
-                task = done[key] = self.fit_one(draft, name, data.get(scaled))
+                if seen is not None and form in waiting:
+                    waiting.remove(form)
+                    scaling = draft.scaling.get(name)
+                    own = list(seen) if scaling is None else [scaling.observed(o) for o in seen]
+                    if not waiting:
+                        seen.clear()  # what `LayerData` has no use for is freed
+                    data[form] = LayerData(name, draft.modules[name], own, self.session.device, once=once)
+                task = done[key] = self.fit_one(draft, name, data.get(form))
             fitted.tasks.append((draft, task))
         return fitted
 
@@ -216,7 +220,8 @@ class _Visitor:
 
     @staticmethod
     def keep_report(draft: Draft, task: LayerTask) -> None:
-        """Keep what stages said of a layer."""
+        """Keep what stages said of a layer, and what they added to it."""
+        draft.structure += task.structure
         for stage_name, told in task.report.items():
             draft.reports.setdefault(stage_name, {})[task.name] = told
 
@@ -224,24 +229,43 @@ class _Visitor:
         """Visit layers behind the quantized layers or blocks in front of them; gradients and targets stay exact."""
         (draft,) = self.drafts
         session, modules = self.session, draft.modules
-        done: list[str] = []
-        rounded: dict[str, tuple[Tensor, Tensor | None]] = {}
+        rounded: dict[str, Parameters] = {}
+        floats: dict[str, Parameters] = {}
         towers = {layer.name: layer.tower for layer in session.layers}
+        everything = [[name] for name in names] if propagate == "layer" else blocks_side_by_side(names, towers)
+        step_of = {name: number for number, step in enumerate(everything) for name in step}
+        done: list[str] = []
         with draft.in_place():
             for group in session.budget.groups(names, session.collection.storage(gradients=gradients)):
-                exact = session.observe(group, gradients=gradients, modules=modules)
-                steps = [[name] for name in group] if propagate == "layer" else blocks_side_by_side(group, towers)
-                for step in steps:
-                    with emulated({name: modules[name] for name in done}, rounded):
+                with holding({name: modules[name] for name in done}, floats):
+                    exact = session.observe(group, gradients=gradients, modules=modules)
+                for number in sorted({step_of[name] for name in group}):
+                    step = [name for name in group if step_of[name] == number]
+                    before = {name: modules[name] for name in done if step_of[name] < number}
+                    with holding({name: modules[name] for name in done}, floats), emulated(before, rounded):
                         actual = session.observe(step, gradients=False, modules=modules)
                     for name in step:
-                        seen = _with_targets(modules[name], exact.pop(name), actual.pop(name))
-                        data = LayerData(name, modules[name], seen, session.device)
-                        self.keep(_Fitted(name, [(draft, self.fit_one(draft, name, data))]))
                         module = modules[name]
+                        seen = _with_targets(module, exact.pop(name), actual.pop(name))
+                        floats[name] = parameters_of(module)
+                        data = LayerData(name, module, seen, session.device, once=True)
+                        self.keep(_Fitted(name, [(draft, self.fit_one(draft, name, data))]))
                         if isinstance(module, QWeighted):
                             rounded[name] = rounded_weight(module), module.bias
                     done += step
+
+
+def _in_json(stages: Sequence[Stage]) -> str:
+    """Return names and options of stages as text that tells them apart."""
+    return json.dumps([[stage.name, stage.options()] for stage in stages], default=repr)
+
+
+def _float_form(draft: Draft, name: str) -> str:
+    """Return what tells apart the float weights and the observations that drafts have of a layer."""
+    scaling = draft.scaling.get(name)
+    scaled = "" if scaling is None else repr([x.tolist() for x in scaling.tensors()])
+    before = [stage for stage in draft.stages if isinstance(stage, FloatStage | GridStage)]
+    return scaled + (_in_json(before) if draft.changes_weights(name) else "")
 
 
 def _with_targets(module: QModule, exact: Sequence[Observations], actual: Sequence[Observations]) -> list[Observations]:

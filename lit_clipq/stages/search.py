@@ -27,6 +27,7 @@ class Search(SearchOptions, LayerStage):
 
     needs = frozenset({Need.OPERANDS, Need.GRADIENTS})
     writes = frozenset({Write.SCALES})
+    forbids = frozenset({"ranges"})
     tables = True
 
     def asks(self) -> frozenset[Need]:

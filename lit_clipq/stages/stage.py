@@ -41,6 +41,7 @@ class Stage(ABC):
         scope: On what it works.
         needs: What of the calibration set it looks at; `asks` may narrow that by options.
         writes: What it changes.
+        reads: What stages in front of it must have written.
         forbids: Names of stages that must not stand in front of it.
     """
 
@@ -48,6 +49,7 @@ class Stage(ABC):
     scope: ClassVar[Scope]
     needs: ClassVar[frozenset[Need]] = frozenset()
     writes: ClassVar[frozenset[Write]] = frozenset()
+    reads: ClassVar[frozenset[Write]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset()
 
     def asks(self) -> frozenset[Need]:
@@ -57,6 +59,13 @@ class Stage(ABC):
     def options(self) -> dict[str, Any]:
         """Return its options as plain values."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def check_behind(self, before: "Sequence[Stage]") -> None:  # noqa: B027 - most stages take any
+        """Refuse options of the stages in front of it that it cannot work with.
+
+        Raises:
+            ConfigError: Names stage and option.
+        """
 
     def check(self, plan: QuantizationMap, layers: Sequence[Layer]) -> None:  # noqa: B027 - most stages take any plan
         """Refuse a plan that it cannot serve, by layer name, before any data is read.
@@ -108,6 +117,7 @@ class LayerTask:
         ranges: Minima and maxima of operands, where a stage asked for them.
         result: How a search went, if there was one.
         report: What stages say of this layer, by stage.
+        structure: What stages add to the layer; see `lit_clipq.nn.structure`.
     """
 
     layer: Layer
@@ -117,6 +127,7 @@ class LayerTask:
     ranges: Ranges = field(default_factory=dict)
     result: LayerResult | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    structure: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -37,6 +37,7 @@ class StartTokens(GridStage):
     """
 
     needs = frozenset({Need.START, Need.SOURCES})
+    reads = frozenset({Write.GRIDS})
     writes = frozenset({Write.STRUCTURE})
     forbids = frozenset({"ranges", "search"})
 

@@ -13,7 +13,7 @@ from lit_clipq.api import preview
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.calibration.passes import CalibrationSet
 from lit_clipq.checkpoint import identify, read_artefact
-from lit_clipq.errors import ConfigError
+from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.models import load_clip
 from lit_clipq.recipes import BitWidths, compose, make_recipe, recipe_from_json
 from lit_clipq.stages import STAGES, LayerStage, stage
@@ -78,6 +78,11 @@ def test_stages_in_place_give_the_numbers_of_the_recipe_by_name(clip, batch):
         (["grids", {"search": {"grid": {"count": "many"}}}], 'grid.count of stage search: .*; got "many"'),
         (["grids", {"search": 4}], "the options of stage search must be a dictionary, got 4"),
         (["grids", {"search": {}, "ranges": {}}], "expected a stage as {name: options}"),
+        (["grids", "bias_correction", "search"], "stage bias_correction needs scales that a stage in front of it"),
+        (["start_tokens", "grids", "search"], "stage start_tokens needs grids that a stage in front of it has written"),
+        (["grids", "search", "ranges"], "stage ranges must not stand behind search"),
+        ([{"grids": {"gelu": "twin"}}, "ranges"], "stage ranges cannot calibrate gelu: twin of stage grids"),
+        ([".a"], "stage .a cannot be imported"),
         ("grids", "stages must be a list"),
         (["grids", "os.path"], "expected a class of a stage"),
         (["grids", "no.such.Stage"], "stage no.such.Stage cannot be imported"),
@@ -350,3 +355,73 @@ def test_registering_a_taken_name_is_refused():
                 return task
 
     assert STAGES["search"].__module__ == "lit_clipq.stages.search"
+
+
+def test_forms_that_share_a_layer_each_say_what_was_added_to_it(batch, tmp_path):
+    clip = load_clip("mini-vit", "mini")
+    identity = identify(clip)
+    include = ("clip.visual.proj", "clip.visual.transformer.resblocks.0.mlp.c_fc")
+    recipe = make_recipe("ptq4clip", bias_correction=True, include=include)
+    forms = quantize_many(clip.model, [batch], [recipe, recipe])
+    for number, form in enumerate(forms):
+        with form.installed() as report:
+            assert [entry["layer"] for entry in report.structure] == ["clip.visual.proj"]
+            folder = tmp_path / str(number)
+            save_quantized(folder, clip.model, report=report, recipe=recipe, identity=identity)
+            wanted = clip.model.encode_image(batch[0])
+        assert torch.equal(load_quantized(folder).model.encode_image(batch[0]), wanted)
+
+
+def test_a_form_is_not_installed_over_another(clip, batch):
+    model = copy.deepcopy(clip.model)
+    recipes = [make_recipe("ptq4clip", bits=bits(bits=b), include=FEW, start_token=False) for b in (8, 4)]
+    eight, four = quantize_many(model, [batch], recipes)
+    floats = {name: value.clone() for name, value in model.state_dict().items()}
+    eight.install()
+    with pytest.raises(ModelError, match="remove the form that is in place"):
+        four.install()
+    eight.remove()
+    assert same_values(floats, model)
+    with four.installed():
+        assert not same_values(floats, model)
+
+
+def test_frozen_networks_stay_frozen(clip, batch):
+    model = copy.deepcopy(clip.model).requires_grad_(False)
+    quantize(model, [batch], make_recipe("ptq4clip", bias_correction=True, include=FEW, start_token=False))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("propagate", ["layer", "block"])
+def test_what_stands_in_front_does_not_depend_on_the_memory_limit(clip, batch, propagate):
+    options = {"bias_correction": True, "propagate": propagate, "equalize": False, "start_token": False}
+    recipe = make_recipe("ptq4clip", bits=bits(bits=4), include=FEW, **options)
+    whole, report = run(clip, batch, recipe)
+    parts, other = run(clip, batch, recipe, memory_limit_bytes=report.memory_bytes // 3)
+    assert other.passes > report.passes
+    assert same(whole, parts)
+
+
+def test_batches_of_another_form_need_to_say_where_their_texts_are(clip, batch):
+    def forward(given, model):
+        return {"image": model.encode_image(given["image"]), "text": model.encode_text(given["text"])}
+
+    images, texts = batch
+    recipe = make_recipe("vanilla", include=FEW)
+    named = [{"image": images, "text": texts}]
+    model = copy.deepcopy(clip.model)
+    with pytest.raises(CalibrationError, match="give `texts=`, a function from a batch to its tokens"):
+        quantize(model, named, recipe, forward=lambda given: forward(given, model))
+    for wrong in (lambda given: given["image"], lambda given: given["text"][0], lambda given: given["text"][:2]):
+        with pytest.raises(CalibrationError, match=r"expected the texts of a calibration batch as int64 \(B, L\)"):
+            quantize(model, named, recipe, forward=lambda given: forward(given, model), texts=wrong)
+    quantize(model, named, recipe, forward=lambda given: forward(given, model), texts=lambda given: given["text"])
+    expected, _ = run(clip, batch, recipe)
+    assert same(model, expected)
+
+
+@pytest.mark.parametrize("option", [{"objective": "fisher"}, {"propagate": "layer"}, {"token_share": 0.5}])
+def test_options_without_effect_are_refused(option):
+    with pytest.raises(ConfigError, match=f"has no option {next(iter(option))}: none of its stages looks at operands"):
+        make_recipe("vanilla", **option)
