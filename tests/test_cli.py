@@ -266,6 +266,7 @@ def test_later_ranks_do_as_the_first_decided(tmp_path, monkeypatch, decided, exp
         assert trainer._remembered(path) is None
 
 
+@pytest.mark.slow
 def test_a_trainer_measures_float_and_quantizes_again(tmp_path):
     task = Retrieval("mini-vit", "mini")
     callback = Quantize(recipe="vanilla", calibration_samples=8)
@@ -281,6 +282,7 @@ def test_a_trainer_measures_float_and_quantizes_again(tmp_path):
     assert all(torch.equal(value, second[2][name]) for name, value in first[2].items())
 
 
+@pytest.mark.slow
 def test_a_network_whose_float_weights_are_gone_is_not_measured_as_float(tmp_path):
     kept = tmp_path / "kept"
     validate(tmp_path, "--quantize.recipe", "vanilla", "--quantize.save", str(kept))

@@ -41,6 +41,7 @@ FOREIGN = {
     "cluster_environment": "Lightning's strategies for one device have none",
     "decode": "of open_clip's tokenizers",
     "all_special_ids": "of open_clip's tokenizers",
+    "_typehint": "of jsonargparse's actions, which not all have",
 }
 """Members of other packages' objects that may be looked for by name, and why."""
 

@@ -36,7 +36,10 @@ def samples(tmp_path, config, *options, verb="validate"):
     return json.loads(path.read_text())["samples"]
 
 
-@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize(
+    "limit",
+    [limit if limit == "limit_val_batches" else pytest.param(limit, marks=pytest.mark.slow) for limit in LIMITS],
+)
 @pytest.mark.parametrize("config", TASKS)
 def test_n_is_what_a_limit_lets_through(tmp_path, config, limit, capsys):
     _, name, limited, everything = TASKS[config]
@@ -59,6 +62,7 @@ def test_one_batch_is_one_batch_in_whatever_order_typing_gives_the_types():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", TASKS)
 def test_without_a_limit_n_is_the_data(tmp_path, config):
     _, name, _, everything = TASKS[config]
@@ -72,6 +76,7 @@ def test_a_limit_on_test_batches_counts_in_test_only(tmp_path):
     assert samples(tmp_path, "mini/classification", "--trainer.limit_test_batches", "2")["images"] == 40
 
 
+@pytest.mark.slow
 def test_a_limit_on_batches_of_retrieval_is_a_limit_on_pictures(tmp_path):
     limited = tmp_path / "limited.json"
     fewer = tmp_path / "fewer.json"
@@ -173,6 +178,7 @@ def test_without_a_trainer_there_is_no_limit():
 # Training
 
 
+@pytest.mark.slow
 def test_a_training_says_how_much_of_its_data_an_epoch_saw(tmp_path, capsys, monkeypatch):
     write_data(tmp_path / "data/vqa")
     monkeypatch.chdir(tmp_path)

@@ -98,7 +98,7 @@ def test_explicit_equals_the_original(member):
         assert (found - wanted).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("recipe", ["vanilla", "ptq4clip"])
+@pytest.mark.parametrize("recipe", ["vanilla", pytest.param("ptq4clip", marks=pytest.mark.slow)])
 def test_quantizes_saves_and_loads(member, recipe, tmp_path):
     _, loaded, batch = member
     model = copy.deepcopy(loaded.model)

@@ -77,6 +77,7 @@ def test_towers_compiled_one_by_one_load(tmp_path, config_file, state):
     assert_loaded(load_clip(str(config_file()), str(path)), state)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_torch_wrappers_load(tmp_path, config_file, state):
     model = build(CONFIGS["vit"])
     wrapper = nn.Module()

@@ -181,6 +181,7 @@ def test_the_paper_leaves_attention_float(clip, batch):
 
 
 @BOTH
+@pytest.mark.slow
 def test_the_baseline_has_uniform_grids_only(clip, batch):
     model, report = quantized(clip, batch, make_recipe("base_ptq", bits=bits(6)))
     grids = {type(m) for m in model.modules() if type(m).__name__.endswith("Quantizer")}

@@ -68,6 +68,7 @@ def test_factors_are_powers_of_two_and_norms_between_blocks_stay(run):
     assert all(0 < error < 1 for error in scaled(report).values())
 
 
+@pytest.mark.slow
 def test_planted_outliers_are_found_and_taken_back(run):
     _, plain, _, gains, report = run
     assert len(scaled(report)) == 24  # two LayerNorms and an attention in each of eight blocks
@@ -146,6 +147,7 @@ def test_published_recipes_leave_the_norms_as_they_are(recipe):
     assert all(bool((gain == 1).all()) for gain in gains.values())
 
 
+@pytest.mark.slow
 def test_channels_that_are_zero_are_left_alone():
     clip = load_clip("mini-vit-outlier", "mini")
     norm = clip.model.visual.transformer.resblocks[1].ln_2

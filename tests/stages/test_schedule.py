@@ -129,6 +129,7 @@ def test_several_widths_from_one_collection_equal_runs_of_their_own(clip, batch)
         assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_the_float_network_comes_back_to_the_bit_and_can_be_quantized_again(clip, batch):
     model = copy.deepcopy(clip.model)
     recipe = make_recipe("ptq4clip", bits=bits(bits=4), include=FEW, start_token=False)
@@ -163,6 +164,7 @@ def passes(monkeypatch, clip, batch, recipes):
     return len(runs)
 
 
+@pytest.mark.slow
 def test_recipes_share_every_pass_over_the_batches(monkeypatch, clip, batch):
     few = [make_recipe("ptq4clip", bits=bits(bits=b), include=FEW, equalize=False) for b in (8, 6, 4)]
     one = passes(monkeypatch, clip, batch, few[:1])
@@ -196,6 +198,7 @@ def test_blocks_of_both_towers_share_a_step():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("propagate", ["layer", "block"])
 def test_behind_quantized_layers_the_first_sees_what_it_did_and_later_ones_do_not(clip, batch, propagate):
     options = {"bits": bits(bits=4), "include": FEW, "equalize": False}
@@ -274,6 +277,7 @@ def test_a_stage_of_ones_own_is_one_file_from_yaml_with_save_and_load(own_stage,
         compose([*stages[:2], "bias_correction", own_stage])
 
 
+@pytest.mark.slow
 def test_an_artefact_of_a_stage_that_is_not_known_here_loads_and_keeps_its_record(own_stage, batch, tmp_path):
     clip = load_clip("mini-vit", "mini")
     recipe = compose(["grids", "search", {own_stage: {"by": 4.0}}], bits=bits(bits=8), include=FEW)
