@@ -34,7 +34,7 @@ def test_ordinary_tensors_stay_the_same_tensors():
     assert layer.weight is weight
 
 
-@pytest.mark.parametrize("recipe", ["vanilla", "ptq4clip"])
+@pytest.mark.parametrize("recipe", ["vanilla", pytest.param("ptq4clip", marks=pytest.mark.slow)])
 def test_a_clip_made_in_inference_mode_is_quantized_as_any_other(recipe):
     pictures, embeddings = torch.randn(4, 3, 64, 64), []
     for mode in (torch.inference_mode, torch.enable_grad):

@@ -102,7 +102,7 @@ def test_preprocessing_is_what_timm_publishes_for_the_name(name):
         loaded.preprocessing.tokenizer(["a text"])
 
 
-@pytest.mark.parametrize("recipe", ["vanilla", "ptq4clip"])
+@pytest.mark.parametrize("recipe", ["vanilla", pytest.param("ptq4clip", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
 def test_classifiers_are_quantized_by_the_same_recipes(name, recipe):
     task = make(name)
@@ -153,7 +153,7 @@ CONFIG = ["validate", "--config", "configs/imagenet_timm.yaml", "--model.name", 
 FEW = ["--data.num_workers", "0", "--quantize.calibration_samples", "4", "--trainer.accelerator", "cpu"]
 
 
-@pytest.mark.parametrize("recipe", ["vanilla", "ptq4clip"])
+@pytest.mark.parametrize("recipe", ["vanilla", pytest.param("ptq4clip", marks=pytest.mark.slow)])
 def test_the_configuration_runs_on_photographs_of_imagenet(recipe, real_data, tmp_path, capsys):
     root, chosen = tmp_path / "imagenet" / "val", sorted((real_data / "imagenet_1000").glob("*.jpg"))[::50]
     for photograph in chosen:
