@@ -193,6 +193,7 @@ class _Visitor:
                     if not waiting:
                         seen.clear()  # what `LayerData` has no use for is freed
                     data[form] = LayerData(name, draft.modules[name], own, self.session.device, once=once)
+                    own.clear()
                 task = done[key] = self.fit_one(draft, name, data.get(form))
             fitted.tasks.append((draft, task))
         return fitted
