@@ -11,6 +11,7 @@ from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.calibration.ranges import Ranges
 from lit_clipq.calibration.results import LayerResult
 from lit_clipq.errors import ConfigError
+from lit_clipq.functional.distance import Distance
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.swap import Layer, QuantizationMap
 from lit_clipq.search.data import LayerData
@@ -133,6 +134,11 @@ class LayerTask:
     def name(self) -> str:
         """The layer's name."""
         return self.layer.name
+
+    @property
+    def distance(self) -> Distance:
+        """How the recipe weighs errors: `hessian` where one of its stages asks for gradients, else `l2`."""
+        return "hessian" if any(Need.GRADIENTS in stage.asks() for stage in self.draft.stages) else "l2"
 
     @property
     def data(self) -> LayerData:
