@@ -27,6 +27,7 @@ from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import Layer, QuantizationMap, find_layers, towers
 from lit_clipq.recipes import Recipe
 from lit_clipq.recipes.widths import TOWERS
+from lit_clipq.stages.blocks import block_steps, has_block_stages
 from lit_clipq.stages.draft import Draft
 from lit_clipq.stages.schedule import asked, blocks_side_by_side, needs_one_draft, prepare, visit, whole_passes
 from lit_clipq.text_lengths import TextLengths, Texts
@@ -406,7 +407,7 @@ class _Work:
                 None if dry_run else draft,
                 QuantizationReport(
                     recipe=recipe.name,
-                    map=plan,
+                    map=QuantizationMap((*plan.entries, *draft.added)),
                     seconds=0.0,
                     float_bytes=float_bytes,
                     quantized_bytes=float_bytes if dry_run else _bytes_of(draft),
@@ -428,6 +429,8 @@ class _Work:
             CalibrationError: If the memory limit is below what is needed.
         """
         needs, passes = asked(recipe.stages), whole_passes(recipe.stages, fisher=recipe.objective == "fisher")
+        if has_block_stages(recipe.stages):
+            passes += len(block_steps(session.searched(plan), {layer.name: layer.tower for layer in self.layers}))
         if Need.OPERANDS in needs:
             storage = session.collection.storage(gradients=Need.GRADIENTS in needs)
             groups = session.budget.groups(session.searched(plan), storage)

@@ -111,7 +111,9 @@ def install(
     devices = {name: next(root.parameters()).device for name, root in roots.items()}
     swapped = swap(roots, chosen, lambda layer: _built(layer, modules[layer.name]))
     try:
-        replay(structure, swapped)
+        replay(
+            structure, {f"{root}.{name}": m for root, network in roots.items() for name, m in network.named_modules()}
+        )
         _check_tensors(roots, state)
         for root, network in roots.items():
             own = {name.partition(".")[2]: x for name, x in state.items() if name.partition(".")[0] == root}

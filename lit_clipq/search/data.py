@@ -23,6 +23,11 @@ from lit_clipq.search.sampling import factored
 _HELD_OUT = 4  # every so many samples one is held out
 
 
+def held_out(samples: Tensor) -> Tensor:
+    """Tell which samples, by their global numbers int64 (N,), are not fitted to but judged on: every fourth."""
+    return samples % _HELD_OUT == 1
+
+
 class LayerData:
     """Observations of one layer over this rank, and what follows from them over all ranks.
 
@@ -115,7 +120,7 @@ class LayerData:
             fitted, judged = LayerData.__new__(LayerData), LayerData.__new__(LayerData)
             for part, held in ((fitted, False), (judged, True)):
                 part.__dict__.update(self.__dict__)
-                chosen = [o.select((sample_of(o.keys) % _HELD_OUT == 1) == held) for o in data]
+                chosen = [o.select(held_out(sample_of(o.keys)) == held) for o in data]
                 part.seen = part._ready = [replace(o, weight=None) for o in chosen]
                 part._weighted = dict.fromkeys((True, False), (chosen, unit)) if distance == "hessian" else {}
                 part._parts = {}

@@ -14,7 +14,8 @@ from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer
 from lit_clipq.calibration.session import Session
 from lit_clipq.errors import CalibrationError, ModelError
 from lit_clipq.nn.modules import QModule, QWeighted
-from lit_clipq.nn.swap import QuantizationMap, swap, unswap
+from lit_clipq.nn.structure import compensate, uncompensate
+from lit_clipq.nn.swap import MapEntry, QuantizationMap, swap, unswap
 from lit_clipq.stages.stage import Stage
 
 S = TypeVar("S", bound=Stage)
@@ -34,6 +35,8 @@ class Draft:
         structure: What the network has besides, to be replayed when it is loaded; see `lit_clipq.nn.structure`.
         results: How the search of each layer went.
         reports: What each stage says of itself.
+        attached: Linear layers beside blocks, by the block's name.
+        added: What they are in the map.
         installed: Whether the network is the quantized one now.
         scaling: What scaled channels mean for each layer.
     """
@@ -47,6 +50,8 @@ class Draft:
     structure: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, LayerResult] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attached: dict[str, nn.Linear] = field(default_factory=dict)
+    added: list[MapEntry] = field(default_factory=list)
     installed: bool = False
     scaling: dict[str, LayerScaling] = field(default_factory=dict)
 
@@ -105,6 +110,10 @@ class Draft:
             module.weight = nn.Parameter(weight, requires_grad=old[0].requires_grad)
             module.bias = None if bias is None or old[1] is None else nn.Parameter(bias, old[1].requires_grad)
         self.modules[name] = module
+
+    def attach(self, block: str, linear: nn.Linear) -> None:
+        """Let a block return its output plus a linear layer of its input, wherever this draft is in place."""
+        self.attached[block] = linear
 
     # Its place in the network
 
@@ -179,8 +188,12 @@ class Draft:
         scale_in_place(self._around, self.scalings)
         layers = [self.session.layer[name] for name in self.modules]
         swap(self.session.roots, layers, lambda layer: self.modules[layer.name])
+        for block, linear in self.attached.items():
+            compensate(self.session.modules[block], linear)
 
     def _displace(self) -> None:
+        for block in self.attached:
+            uncompensate(self.session.modules[block])
         unswap(self.session.roots, self.session.layers, self.modules)
         scale_in_place(self._around, self.scalings, back=True)
 

@@ -20,6 +20,7 @@ from lit_clipq.distributed import world_size
 from lit_clipq.functional.granularity import Granularity
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.search.data import LayerData
+from lit_clipq.stages.blocks import floats_of, has_block_stages, visit_blocks
 from lit_clipq.stages.draft import Draft, frozen
 from lit_clipq.stages.stage import FloatStage, GridStage, LayerStage, LayerTask, Stage
 
@@ -108,6 +109,7 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
     names = _names(session, drafts)
     ranges = {id(draft): _ranges(draft) if Need.RANGES in needs else {} for draft in drafts}
     visitor = _Visitor(session, drafts, ranges, progress)
+    floats = {id(draft): floats_of(draft) for draft in drafts if has_block_stages(draft.stages)}
     if Need.OPERANDS not in needs:
         for name in names:
             visitor.keep(visitor.fit(name, None))
@@ -116,9 +118,12 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
     else:
         visitor.visit_behind(names, propagate, gradients=Need.GRADIENTS in needs)
     for draft in drafts:
-        for name, module in draft.modules.items():
+        for name in draft.modules:
             if session.layer[name].kind.is_table:
                 visitor.keep_report(draft, visitor.fit_one(draft, name, None))
+        if id(draft) in floats:
+            visit_blocks(draft, floats[id(draft)])
+        for name, module in draft.modules.items():
             frozen(module, name)
 
 

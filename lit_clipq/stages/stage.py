@@ -32,6 +32,8 @@ class Scope(IntEnum):
     """Which operand gets which grid."""
     LAYER = 2
     """One layer after the other, all on the same observations."""
+    BLOCK = 3
+    """One block after the other, behind the quantized blocks in front of it."""
 
 
 class Stage(ABC):
