@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.channels import Channels, SeenChannels
+from lit_clipq.calibration.links import Sample, SeenLinks
 from lit_clipq.calibration.results import LayerResult
-from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer, scale_in_place
+from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer, scale_in_place, scaled
 from lit_clipq.calibration.session import Session
 from lit_clipq.errors import CalibrationError, ModelError
-from lit_clipq.nn.modules import QModule, QWeighted
+from lit_clipq.nn.modules import QLinear, QModule, QWeighted
 from lit_clipq.nn.swap import QuantizationMap, swap, unswap
 from lit_clipq.stages.stage import Stage
 
@@ -49,6 +50,7 @@ class Draft:
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
     installed: bool = False
     scaling: dict[str, LayerScaling] = field(default_factory=dict)
+    _unscale: Callable[[], None] | None = None
 
     def stage(self, kind: type[S]) -> S:
         """Return the recipe's stage of a kind; there must be one."""
@@ -60,12 +62,27 @@ class Draft:
     def channels(self) -> SeenChannels:
         """Links of channels, and what their readers read."""
         seen = self.session.channels
-        changed = dict(seen.channels)
+        return SeenChannels(seen.links, self._scaled(seen.channels))
+
+    @property
+    def links(self) -> SeenLinks:
+        """Links of every kind, what their readers read, and a sample of it."""
+        seen = self.session.links
+        samples = dict(seen.samples)
+        for name, scaling in self.scaling.items():
+            if scaling.read is not None and name in samples:
+                units = samples[name].units
+                shape = (1, -1, *[1] * (units.dim() - 2))
+                samples[name] = Sample(samples[name].keys, units / scaling.read.to(units).view(shape))
+        return SeenLinks(seen.links, self._scaled(seen.channels), samples)
+
+    def _scaled(self, channels: Mapping[str, Channels]) -> dict[str, Channels]:
+        changed = dict(channels)
         for name, scaling in self.scaling.items():
             if scaling.read is not None and name in changed:
                 c, f = changed[name], scaling.read
                 changed[name] = Channels(c.low / f, c.high / f, c.squares / f.square(), c.rows)
-        return SeenChannels(seen.links, changed)
+        return changed
 
     def start(self, name: str) -> Tensor | None:
         """Return the start token's key or value in a product of the text tower; `None` if no text was seen."""
@@ -89,7 +106,7 @@ class Draft:
         do()
 
     def scale(self, scalings: list[ChannelScaling]) -> None:
-        """Take over channels that are scaled by powers of two, on top of those that are already."""
+        """Take over channels that are scaled, on top of those that are already."""
         known = {scaling.link: scaling for scaling in self.scalings}
         for new in scalings:
             old = known.get(new.link)
@@ -104,6 +121,9 @@ class Draft:
             old = module.weight, module.bias
             module.weight = nn.Parameter(weight, requires_grad=old[0].requires_grad)
             module.bias = None if bias is None or old[1] is None else nn.Parameter(bias, old[1].requires_grad)
+            divisor = self.scaling[name].divides
+            if divisor is not None and isinstance(module, QLinear):
+                module.input_divisor = divisor.to(weight)
         self.modules[name] = module
 
     # Its place in the network
@@ -147,12 +167,8 @@ class Draft:
     @contextmanager
     def scaled_in_place(self) -> Iterator[None]:
         """Let the channels of the float network be scaled while the context is open."""
-        modules = self.session.modules
-        scale_in_place(modules, self.scalings)
-        try:
+        with scaled(self.session.modules, self.scalings):
             yield
-        finally:
-            scale_in_place(modules, self.scalings, back=True)
 
     def changes_weights(self, name: str) -> bool:
         """Whether a stage before the layers are visited gave a layer another float weight or bias than this draft's."""
@@ -176,13 +192,15 @@ class Draft:
             )
 
     def _place(self) -> None:
-        scale_in_place(self._around, self.scalings)
+        self._unscale = scale_in_place(self._around, self.scalings)
         layers = [self.session.layer[name] for name in self.modules]
         swap(self.session.roots, layers, lambda layer: self.modules[layer.name])
 
     def _displace(self) -> None:
         unswap(self.session.roots, self.session.layers, self.modules)
-        scale_in_place(self._around, self.scalings, back=True)
+        if self._unscale is not None:
+            self._unscale()
+            self._unscale = None
 
     @property
     def _around(self) -> Mapping[str, nn.Module]:
