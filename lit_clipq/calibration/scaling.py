@@ -176,11 +176,17 @@ def by_layer(scalings: Sequence[ChannelScaling]) -> dict[str, LayerScaling]:
         link, factors = scaling.link, scaling.factors
         for name in link.readers:
             known = found.get(name, LayerScaling())
-            read = factors if known.read is None else known.read * factors
-            found[name] = replace(known, read=read, divides=factors if link.at_reader else known.divides)
+            found[name] = replace(known, read=_times(known.read, factors))
+            if link.at_reader:
+                found[name] = replace(found[name], divides=_times(known.divides, factors))
         if not link.at_reader:
             maker = found.get(link.maker, LayerScaling())
-            found[link.maker] = replace(maker, made=(link.first, factors))
+            made = None if maker.made is None else maker.made[1]
+            found[link.maker] = replace(maker, made=(link.first, _times(made, factors)))
         if link.average:
             found[link.average] = LayerScaling(heads=factors.view(link.heads, -1))
     return found
+
+
+def _times(known: Tensor | None, factors: Tensor) -> Tensor:
+    return factors if known is None else known * factors

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -105,6 +106,19 @@ class Draft:
         self.changes.append((do, undo))  # first, so that what an interrupt leaves half done is taken back
         do()
 
+    def replace(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Give a module of the float network another parameter of the old one's type and place, as `change` does."""
+        old = module.get_parameter(name)
+        new = nn.Parameter(value.detach().to(old), requires_grad=old.requires_grad)
+        self.change(partial(_set, module, name, new), partial(_set, module, name, old))
+
+    def add_parameter(self, module: nn.Module, name: str, value: Tensor, entry: Mapping[str, Any]) -> None:
+        """Give a module of the float network a parameter that it lacks; `entry` replays that when it is loaded."""
+        like = next(module.parameters())
+        new = nn.Parameter(value.detach().to(like), requires_grad=like.requires_grad)
+        self.change(partial(_set, module, name, new), partial(_set, module, name, None))
+        self.structure.append(dict(entry))
+
     def scale(self, scalings: list[ChannelScaling]) -> None:
         """Take over channels that are scaled, on top of those that are already."""
         known = {scaling.link: scaling for scaling in self.scalings}
@@ -206,6 +220,10 @@ class Draft:
     def _around(self) -> Mapping[str, nn.Module]:
         """The modules that stay in the network."""
         return {name: module for name, module in self.session.modules.items() if name not in self.modules}
+
+
+def _set(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+    module._parameters[name] = value
 
 
 @torch.no_grad()
