@@ -37,7 +37,7 @@ class ReaderError:
         if not bool(chosen.any()):  # too few units to hold any out
             chosen = torch.ones_like(chosen)
         device = draft.session.device
-        self.x = sample.units[chosen].to(device)
+        self.x = sample.units[chosen].to(device)  # (N, in) or (N, C, H, W)
         self.weight = draft.parameters(entry.name)[0]
         quantizers = draft.stage(Grids).quantizers(layer, entry, draft)
         module = layer.kind.quantized_type(layer.module, *quantizers)
@@ -46,18 +46,22 @@ class ReaderError:
         self.weight_quantizer, self.input_quantizer = quantizers
         self.target = module.product_with(self.weight, self.x)
 
-    def __call__(self, factors: Tensor) -> float:
-        """Return the error if channels are divided by the factors, float64 (channels,), in front of the layer."""
-        weight = multiplied(self.weight, factors)
-        x = self.x / along(self.layout, factors, self.x)
+    def __call__(self, factors: Tensor, shift: Tensor | None = None) -> float:
+        """Return the error if the layer reads `x / factors - shift`, with what that takes from it in its float bias.
+
+        Args:
+            factors: Positive, float64 (channels,) on the CPU.
+            shift: float64 (channels,) on the CPU; `None` is 0.
+        """
+        weight, x = multiplied(self.weight, factors), self.x / along(self.layout, factors, self.x)
+        low, high, bias = self.seen.low / factors, self.seen.high / factors, None
+        if shift is not None:
+            x, low, high = x - along(self.layout, shift, x), low - shift, high - shift
+            bias = weight.double().flatten(1) @ shift.to(weight.device)
         if self.input_quantizer is not None:
-            x = _rounded(self.input_quantizer, x, (self.seen.low / factors).amin(), (self.seen.high / factors).amax())
+            x = _rounded(self.input_quantizer, x, low.amin(), high.amax())
         if self.weight_quantizer is not None:
             weight = _rounded(self.weight_quantizer, weight)
-        return self.error(weight, x)
-
-    def error(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> float:
-        """Return the mean squared error of the product of a weight and inputs, `bias` (out,) added to it."""
         difference = self.module.product_with(weight, x) - self.target
         if bias is not None:
             difference = difference + along(self.layout, bias, difference)
