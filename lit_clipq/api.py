@@ -244,7 +244,10 @@ def preview(model: nn.Module | Mapping[str, nn.Module], recipe: Recipe) -> Quant
         shells = {name: copy.deepcopy(root).to("meta").eval() for name, root in roots.items()}
         for shell in shells.values():
             make_explicit(shell)
-        return recipe.plan(find_layers(shells))
+        planned = recipe.plan(find_layers(shells))
+        for stage in recipe.stages:
+            stage.check_networks(planned, shells)
+        return planned
 
 
 @dataclass
@@ -310,6 +313,8 @@ class _Work:
         planned = recipe.plan(self.layers)
         if not planned.quantized:
             raise ConfigError(f"no layer is left to quantize, {planned.entries[0].name}: {planned.entries[0].reason}")
+        for stage in recipe.stages:
+            stage.check_networks(planned, self.roots)
         if self.cost is None:
             self.cost = _measure(self.roots, self.layers, self.data)
         planned = self._without_unreached(planned.with_macs(self.cost.macs))
@@ -407,7 +412,7 @@ class _Work:
                 None if dry_run else draft,
                 QuantizationReport(
                     recipe=recipe.name,
-                    map=QuantizationMap((*plan.entries, *draft.added)),
+                    map=draft.plan,
                     seconds=0.0,
                     float_bytes=float_bytes,
                     quantized_bytes=float_bytes if dry_run else _bytes_of(draft),

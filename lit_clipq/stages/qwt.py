@@ -12,7 +12,7 @@ from lit_clipq.distributed import sum_over_ranks
 from lit_clipq.errors import ConfigError
 from lit_clipq.functional.columns import damped
 from lit_clipq.nn.structure import COMPENSATION
-from lit_clipq.nn.swap import FLOAT_BITS, MapEntry
+from lit_clipq.nn.swap import FLOAT_BITS, MapEntry, QuantizationMap
 from lit_clipq.search.data import held_out
 from lit_clipq.stages.blocks import BlockFit, BlockRows, BlockStage
 from lit_clipq.stages.draft import Draft
@@ -94,6 +94,5 @@ class Compensating(BlockFit):
         draft.attach(self.name, linear)
         draft.structure.append({"kind": COMPENSATION, "block": self.name, "width": d})
         macs, why = rows_per_sample * d * d, "compensates its block in float"
-        draft.added.append(
-            MapEntry(f"{self.name}.{COMPENSATION}", tower, "linear", FLOAT_BITS, FLOAT_BITS, macs, reason=why)
-        )
+        entry = MapEntry(f"{self.name}.{COMPENSATION}", tower, "linear", FLOAT_BITS, FLOAT_BITS, macs, reason=why)
+        draft.plan = QuantizationMap((*draft.plan.entries, entry))

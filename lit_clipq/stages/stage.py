@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from torch import nn
+
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.calibration.ranges import Ranges
 from lit_clipq.calibration.results import LayerResult
@@ -79,6 +81,17 @@ class Stage(ABC):
 
         Raises:
             ConfigError: Names the layer, why, and what to change.
+        """
+
+    def check_networks(self, plan: QuantizationMap, roots: Mapping[str, nn.Module]) -> None:  # noqa: B027
+        """Refuse networks that it cannot serve as its options have it, by name, before any data is read.
+
+        Args:
+            plan: What is to become of each layer.
+            roots: Named networks with explicit attentions; they may be on the meta device.
+
+        Raises:
+            ConfigError: Names the module, why, and what to change.
         """
 
 

@@ -11,7 +11,7 @@ from lit_clipq import load_quantized, quantize, quantize_many, save_quantized
 from lit_clipq.checkpoint import identify
 from lit_clipq.errors import ConfigError, ModelError
 from lit_clipq.models import load_clip
-from lit_clipq.nn.structure import compensate, replay, uncompensate
+from lit_clipq.nn.structure import replay
 from lit_clipq.recipes import BitWidths, compose
 from lit_clipq.stages.blocks import block_steps
 from tests.ddp.processes import run_processes
@@ -133,17 +133,19 @@ def test_blocks_of_both_towers_share_a_step():
     assert block_steps(list(towers), towers) == [["clip.visual.b.0", "clip.b.0"], ["clip.visual.b.1"]]
 
 
-def test_replaying_refuses_what_does_not_fit():
-    block = Block()
-    for entry in ({"block": "net.1", "width": 8}, {"block": "net.0", "width": "8"}, {"block": "net.0", "width": 0}):
-        with pytest.raises(ModelError, match="which is no block here"):
-            replay([{"kind": "compensation", **entry}], {"net.0": block})
-    compensate(block, nn.Linear(WIDTH, WIDTH))
-    with pytest.raises(ModelError, match="which is no block here"):
-        replay([{"kind": "compensation", "block": "net.0", "width": WIDTH}], {"net.0": block})
-    uncompensate(block)
-    assert list(block.state_dict()) == ["fc.weight", "fc.bias"]
-    assert not block._forward_hooks
+def test_replaying_refuses_what_does_not_fit_and_takes_back_what_did():
+    net = network()
+    names = list(net.state_dict())
+    fits = {"kind": "compensation", "block": "net.0", "width": WIDTH}
+    for wrong in ({"block": "net.7"}, {"block": "net.1", "width": "8"}, {"block": "net.1", "width": 0}, {}):
+        with pytest.raises(ModelError, match=r"which the network has not|damaged structure entry"):
+            replay([fits, {**fits, **wrong}], {}, {"net": net})
+        assert list(net.state_dict()) == names
+        assert not net[0]._forward_hooks
+    undo = replay([fits], {}, {"net": net})
+    assert "0.compensation.weight" in net.state_dict()
+    undo()
+    assert list(net.state_dict()) == names
 
 
 def clip_recipe(**options):
