@@ -70,26 +70,32 @@ def round_columns(
         high: Largest.
         push: P of `asymmetric_push`.
     """
-    weight, steps = weight.clone(), torch.empty_like(weight)
-    rate, diagonal = 1 / scale, factor.diagonal(dim1=-2, dim2=-1)
-    columns = weight.shape[-1]
+    # Columns lie one after the other, and few operations touch each: on a GPU the launches take the time.
+    weight, rate, scale, low, high = (x.mT.contiguous() for x in (weight, 1 / scale, scale, low, high))
+    unit = factor / factor.diagonal(dim1=-2, dim2=-1)[..., None]  # errors are divided by U_ii once, here
+    steps, columns = torch.empty_like(weight), weight.shape[1]
     for start in range(0, columns, _BLOCK):
-        end = min(start + _BLOCK, columns)
-        block = weight[..., start:end].clone()
+        now, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, columns)
+        block = weight[:, now].clone()
         errors, values = torch.empty_like(block), torch.empty_like(block)
-        for i in range(start, end):
-            j = i - start
-            w = block[..., j].clone()
-            step = (w * rate[..., i]).round_().clamp_(low[..., i], high[..., i])
-            error = torch.addcmul(w, step, scale[..., i], value=-1).div_(diagonal[:, i, None])
-            block[..., j:].baddbmm_(error[..., None], factor[:, i, None, i:end], alpha=-1)
+        outer = [unit[:, now, now]] if push is None else [unit[:, now, now], push[:, now, now]]
+        each = zip(
+            *(x.unbind(1) for x in (block, errors, values, steps[:, now])),
+            *(x[:, now].unbind(1) for x in (rate, scale, low, high)),
+            *(x.unsqueeze(-1).unbind(1) for x in outer),
+            strict=True,
+        )
+        for w, error, value, step, per, size, least, most, *passed in each:  # (G, R) each, those passed (G, block, 1)
+            torch.mul(w, per, out=step).round_().clamp_(least, most)
+            torch.addcmul(w, step, size, value=-1, out=error)
             if push is not None:
-                block[..., j:].baddbmm_(w[..., None], push[:, i, None, i:end])
-            steps[..., i], errors[..., j], values[..., j] = step, error, w
-        weight[..., end:].baddbmm_(errors, factor[:, start:end, end:], alpha=-1)
+                value.copy_(w)
+                block.baddbmm_(passed[1], value.unsqueeze(1))
+            block.baddbmm_(passed[0], error.unsqueeze(1), alpha=-1)  # zero for those that are done
+        weight[:, rest].baddbmm_(unit[:, now, rest].mT, errors, alpha=-1)
         if push is not None:
-            weight[..., end:].baddbmm_(values, push[:, start:end, end:])
-    return steps
+            weight[:, rest].baddbmm_(push[:, now, rest].mT, values)
+    return steps.mT.contiguous()
 
 
 def round_halves(weight: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
