@@ -29,7 +29,15 @@ from lit_clipq.recipes import Recipe
 from lit_clipq.recipes.widths import TOWERS
 from lit_clipq.stages.blocks import block_steps, has_block_stages
 from lit_clipq.stages.draft import Draft
-from lit_clipq.stages.schedule import asked, blocks_side_by_side, needs_one_draft, prepare, visit, whole_passes
+from lit_clipq.stages.schedule import (
+    asked,
+    blocks_side_by_side,
+    layer_stages,
+    needs_one_draft,
+    prepare,
+    visit,
+    whole_passes,
+)
 from lit_clipq.text_lengths import TextLengths, Texts
 
 log = logging.getLogger(__name__)
@@ -393,7 +401,7 @@ class _Work:
             self.roots,
             self.layers,
             self.data,
-            Budget(self.cost, self.most, self.memory_limit_bytes, rows),
+            Budget(self.cost, self.most, self.memory_limit_bytes, rows, self._beside([r for r, _ in members])),
             recipe.collection(plan, self.layers, text_rule=self.text_rule),
             self.text_rule,
         )
@@ -426,6 +434,11 @@ class _Work:
             )
             for draft, (recipe, plan), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
         ]
+
+    def _beside(self, recipes: Sequence[Recipe]) -> dict[str, int]:
+        """Return what fitting each layer takes besides copies of what it saw: the most that any of the stages does."""
+        stages = [stage for recipe in recipes for stage in layer_stages(recipe.stages)]
+        return {layer.name: max((s.workspace_bytes(layer) for s in stages), default=0) for layer in self.layers}
 
     def _footprint(self, recipe: Recipe, plan: QuantizationMap, session: Session) -> tuple[int, int]:
         """Predict (bytes stored beside the model, passes over the calibration set).

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.errors import ConfigError
-from lit_clipq.functional.columns import damped, round_halves
+from lit_clipq.functional.columns import damped, inverse_factor, round_columns, round_halves
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.search.data import LayerData
 from lit_clipq.search.gram import as_matrix, gram_of
 from lit_clipq.stages.bias_correction import shift_bias
 from lit_clipq.stages.stage import LayerTask, stage
-from lit_clipq.stages.weights import ElementGrid, WeightStage, both_in_order, in_order, put_weight
+from lit_clipq.stages.weights import ElementGrid, WeightStage, both_in_order, falling, in_order, put_weight
 
 
 @stage("erq")
@@ -29,40 +30,48 @@ class Erq(WeightStage):
     needs = frozenset({Need.OPERANDS, Need.GRADIENTS})
     writes = frozenset({Write.WEIGHTS, Write.BIAS})
     forbids = frozenset({"gptq", "gptaq"})
+    matrices = 6
 
     weighted: bool = True
     """Whether rows of the input weigh what an error of their output costs."""
     ridge: float = 0.1
     """l as a share of the mean diagonal of `X^^T X^`, in both regressions."""
-    rounding: Literal["halves", "none"] = "halves"
-    """Whether columns are rounded by halves; `none` leaves rounding to what follows, such as `gptq`."""
+    rounding: Literal["halves", "columns", "none"] = "halves"
+    """Whether columns are rounded by halves, or one after the other as `gptq` does; `none` leaves them unrounded."""
+    damp: float = 0.01
+    """What `gptq` calls by that name, for columns one after the other."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ridge < 1e6:
             raise ConfigError(f"ridge of stage erq must be above 0, got {self.ridge}")
+        if not 0 < self.damp < 1e6:
+            raise ConfigError(f"damp of stage erq must be above 0, got {self.damp}")
 
     def asks(self) -> frozenset[Need]:
         """Ask for gradients only where they weigh rows."""
         return self.needs if self.weighted else frozenset({Need.OPERANDS})
 
     def improve(self, task: LayerTask, module: QWeighted, data: LayerData) -> Mapping[str, Any]:
-        """Fit one layer; reports how far its weight moved, as a share of its norm."""
+        """Fit one layer; reports how far its weight moved before it was rounded, as a share of its norm."""
         gram = gram_of(module, data, "hessian" if self.weighted else "l2", residual=True, ones=True)
         assert gram.residual is not None  # noqa: S101 - it was asked for
         old = as_matrix(module, module.weight.detach().double())
         regular, _ = damped(gram.hessian, self.ridge)
         change = torch.linalg.solve(regular, gram.residual.mT).mT  # (G, R, d + 1)
         weight = old + change[..., :-1]
-        moved = float(change[..., :-1].norm() / old.norm().clamp(min=1e-300))
-        if self.rounding == "halves":
-            hessian, _ = damped(gram.hessian[..., :-1, :-1], self.ridge)
-            order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-            grid = ElementGrid.of(module)
-            there = grid.permuted(order)
-            halves = both_in_order(hessian, order)
-            steps = round_halves(in_order(weight, order), halves, there.scale, there.low, there.high)
-            put_weight(module, grid.values(in_order(steps, order.argsort(dim=-1))))
-        else:
-            put_weight(module, weight)
+        put_weight(module, weight if self.rounding == "none" else self.rounded(module, weight, gram.hessian))
         shift_bias(task, module, change[..., -1].reshape(-1))
-        return {"moved": moved}
+        return {"moved": float(change[..., :-1].norm() / old.norm().clamp(min=1e-300))}
+
+    def rounded(self, module: QWeighted, weight: Tensor, hessian: Tensor) -> Tensor:
+        """Return a moved weight (G, R, d) rounded, float32; H has a column of ones behind the others."""
+        plain, grid = hessian[..., :-1, :-1], ElementGrid.of(module)
+        order = falling(plain)
+        regular, _ = damped(plain, self.ridge if self.rounding == "halves" else self.damp)
+        regular, there, moved = both_in_order(regular, order), grid.permuted(order), in_order(weight, order)
+        if self.rounding == "halves":
+            steps = round_halves(moved, regular, there.scale, there.low, there.high)
+        else:
+            factor, _ = inverse_factor(regular)  # the identity where there is none: nearest rounding
+            steps = round_columns(moved, factor, there.scale, there.low, there.high)
+        return grid.values(in_order(steps, order.argsort(dim=-1)))

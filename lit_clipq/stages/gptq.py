@@ -15,7 +15,7 @@ from lit_clipq.nn.modules import QWeighted
 from lit_clipq.search.data import LayerData
 from lit_clipq.search.gram import Gram, as_matrix, gram_of
 from lit_clipq.stages.stage import LayerTask, stage
-from lit_clipq.stages.weights import ElementGrid, WeightStage, both_in_order, in_order, put_weight
+from lit_clipq.stages.weights import ElementGrid, WeightStage, both_in_order, falling, in_order, put_weight
 
 
 @stage("gptq")
@@ -29,6 +29,7 @@ class Gptq(WeightStage):
     needs = frozenset({Need.OPERANDS, Need.GRADIENTS})
     writes = frozenset({Write.WEIGHTS})
     forbids = frozenset({"gptq", "gptaq"})
+    matrices = 6
 
     weighted: bool = True
     """Whether rows of the input weigh what an error of their output costs, `H = X^T diag(g) X` (Gauss-Newton)."""
@@ -64,9 +65,8 @@ class Gptq(WeightStage):
     def round(self, weight: Tensor, grid: ElementGrid, gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
         """Return whole steps (G, R, d), which groups have no factor, (G,), and which columns are dead, (G, d)."""
         hessian, dead = damped(gram.hessian, self.damp)
-        diagonal = gram.hessian.diagonal(dim1=-2, dim2=-1)
-        own = torch.arange(diagonal.shape[-1], device=diagonal.device).expand_as(diagonal)
-        order = diagonal.argsort(dim=-1, descending=True, stable=True) if self.act_order else own
+        own = torch.arange(weight.shape[-1], device=weight.device).expand_as(dead)
+        order = falling(gram.hessian) if self.act_order else own
         factor, good = inverse_factor(both_in_order(hessian, order))
         push = self.push(factor, gram, order)
         moved = grid.permuted(order)
@@ -82,6 +82,8 @@ class Gptq(WeightStage):
 @dataclass(frozen=True)
 class Gptaq(Gptq):
     """GPTQ that makes up for the rounding of the input as well (GPTAQ, arXiv 2504.02692)."""
+
+    matrices = 9
 
     strength: float = 0.25
     """Share of what the input's rounding asks for that is passed on."""

@@ -179,6 +179,10 @@ class LayerStage(Stage):
     scope = Scope.LAYER
     tables: ClassVar[bool] = False
 
+    def workspace_bytes(self, layer: Layer) -> int:  # noqa: ARG002 - most need none
+        """Return the bytes that fitting a layer takes besides copies of what it saw."""
+        return 0
+
     @abstractmethod
     def fit(self, task: LayerTask) -> Any:
         """Fit one layer; what is returned goes into the report under the layer's name, `None` is left out."""

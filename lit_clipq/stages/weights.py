@@ -31,12 +31,14 @@ class WeightStage(LayerStage):
 
     Attributes:
         rounds: Whether the weight must have a uniform grid.
+        matrices: How many matrices of the size of X^T X it holds at a time.
     """
 
     needs = frozenset({Need.OPERANDS})
     reads = frozenset({Write.SCALES})
     tables = True
     rounds: ClassVar[bool] = True
+    matrices: ClassVar[int] = 0
 
     layers: tuple[str, ...] = ()
     """Shell patterns of the layers it is for; empty means all that have a weight."""
@@ -54,6 +56,14 @@ class WeightStage(LayerStage):
                     f"stage {self.name} cannot fit {name}: {reason}; take {pattern!r} out of its `layers`, or name "
                     "layers with a weight"
                 )
+
+    def workspace_bytes(self, layer: Layer) -> int:
+        """Return the bytes of its matrices, X^T X and the like, and of weights in float64."""
+        weight = layer.module._parameters.get("weight")
+        if weight is None or _unfit(layer) or not self.matrices:
+            return 0
+        columns, groups = weight[0].numel() + 1, int(getattr(layer.module, "groups", 1))
+        return 8 * self.matrices * (groups * columns**2 + weight.numel())
 
     def fit(self, task: LayerTask) -> Any:
         """Fit one layer; reports its objective on what was held out, or why there was nothing to do."""
@@ -141,3 +151,8 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
 def both_in_order(x: Tensor, order: Tensor) -> Tensor:
     """Return square matrices (G, d, d) with rows and columns in the order (G, d)."""
     return in_order(in_order(x, order).mT, order).mT
+
+
+def falling(hessian: Tensor) -> Tensor:
+    """Return the order of columns by falling diagonal of H (G, d, d), int64 (G, d)."""
+    return hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)

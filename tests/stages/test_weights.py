@@ -241,6 +241,25 @@ def test_erq_moves_weight_and_bias_by_a_ridge_regression(kind, weighted):
         assert layer.bias.detach().numpy()[own] == pytest.approx(bias[own] + change[-1], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", [LINEAR, CONV])
+def test_erq_rounds_what_it_moved_by_columns_as_gptq_does(kind):
+    moved, x = layer_and_input(kind)
+    Erq(rounding="none", weighted=False).improve(Task(), moved, data_of(moved, x))
+    layer, _ = layer_and_input(kind)
+    Erq(rounding="columns", weighted=False, damp=0.02).improve(Task(), layer, data_of(layer, x))
+    hessian = rows(layer, x)[0].double()
+    hessian = (hessian.T @ hessian).numpy()
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    hessian += 0.02 * np.diag(hessian).mean() * np.eye(len(hessian))
+    grid = ElementGrid.of(layer)
+    weight = as_matrix(layer, moved.weight.detach())[0].double().numpy()
+    expected = naive_gptq(weight, hessian, grid.scale[0].numpy(), -4, 3, order)
+    found = as_matrix(layer, layer.weight_quantizer.codes(layer.weight.detach()))[0].numpy()
+    assert (found == expected).mean() > 0.99  # the moved weight went through float32, which may move a tie
+    assert torch.equal(layer.bias, moved.bias)
+    assert torch.equal(layer.weight_quantizer(layer.weight.detach()), layer.weight)
+
+
 def test_erq_moves_nothing_where_the_input_is_exact():
     layer, x = layer_and_input(LINEAR)
     x, old = layer.input_quantizers["input"](x), layer.weight.detach().clone()
@@ -336,6 +355,13 @@ def test_saved_loaded_and_undone_to_the_bit(stages, batch, tmp_path):
 def test_what_cannot_be_served_is_refused_by_name_before_any_data(stages, told, clip):
     with pytest.raises(ConfigError, match=told):
         preview(clip.model, recipe_of(*stages))
+
+
+def test_what_it_holds_counts_for_the_memory_limit(clip, batch):
+    recipes = recipe_of(), recipe_of("gptq")
+    plain, more = (quantize(copy.deepcopy(clip.model), [batch], recipe, dry_run=True) for recipe in recipes)
+    columns = 4 * 128 + 1  # of `c_proj`
+    assert more.memory_bytes - plain.memory_bytes == 8 * 6 * (columns**2 + 128 * 512)
 
 
 def test_it_can_be_kept_to_some_layers(clip, batch):
