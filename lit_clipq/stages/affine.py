@@ -36,7 +36,7 @@ class Affine(WeightStage):
     writes = frozenset({Write.SCALES, Write.WEIGHTS, Write.BIAS})
     rounds = False
 
-    weighted: bool = True
+    weighted: bool = False
     """Whether units weigh what an error of theirs costs."""
     largest: float = 2.0
     """Largest gamma; its inverse is the smallest."""
@@ -44,10 +44,6 @@ class Affine(WeightStage):
     def __post_init__(self) -> None:
         if not 1 <= self.largest < math.inf:
             raise ConfigError(f"largest of stage affine must be at least 1, got {self.largest}")
-
-    def asks(self) -> frozenset[Need]:
-        """Ask for gradients only where they weigh units."""
-        return self.needs if self.weighted else frozenset({Need.OPERANDS})
 
     def improve(self, task: LayerTask, module: QWeighted, data: LayerData) -> Mapping[str, Any]:
         """Fit one layer; reports the smallest and the largest gamma."""
@@ -74,10 +70,9 @@ class Affine(WeightStage):
         A channel whose product is constant, or that no unit weighs, has gamma 1, and the bias that fits best.
         """
         channels = len(module.weight)
-        old = torch.zeros(channels) if module.bias is None else module.bias.detach().double().cpu()
-        old = old.to(data.device).double()
         sums = torch.zeros(5, channels, dtype=torch.float64, device=data.device)
-        for units, _, output in rounded_products(module, data, "hessian" if self.weighted else "l2"):
+        old = sums[0].clone() if module.bias is None else module.bias.detach().double()
+        for units, _, output in rounded_products(module, data, self.distance):
             tensors = (output, target_of(units), units.weight)
             found, wanted, weight = (None if x is None else _rows(x, units.layout.channel_axis) for x in tensors)
             found, wanted = found - old, wanted - old  # type: ignore[operator]

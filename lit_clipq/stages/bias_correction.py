@@ -1,45 +1,36 @@
 """The mean error of each output channel is taken off the bias."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_clipq.calibration.needs import Need, Write
+from lit_clipq.calibration.needs import Write
 from lit_clipq.distributed import sum_over_ranks
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.nn.structure import add_bias
 from lit_clipq.search.data import LayerData
 from lit_clipq.search.losses import target_of
 from lit_clipq.search.rounded import rounded_products
-from lit_clipq.stages.stage import LayerStage, LayerTask, stage
-from lit_clipq.stages.trial import trial
+from lit_clipq.stages.stage import LayerTask, stage
+from lit_clipq.stages.weights import WeightStage
 
 
 @stage("bias_correction")
 @dataclass(frozen=True)
-class BiasCorrection(LayerStage):
+class BiasCorrection(WeightStage):
     """Correct biases: `bias -= E[O^ - O]` for each output channel, over the units that matter.
 
     Kept where it is no worse on samples that are held out (`trial`). With `propagate: block` the mean is that behind
     quantized blocks, and takes off what they shift as well.
     """
 
-    needs = frozenset({Need.OPERANDS})
-    reads = frozenset({Write.SCALES})
     writes = frozenset({Write.BIAS})
+    rounds = False
 
-    def fit(self, task: LayerTask) -> Any:
-        """Correct one layer; reports its objective on what was held out. Products of activations have no bias."""
-        return trial(task, lambda data: self._correct(task, data)) if isinstance(task.module, QWeighted) else None
-
-    @torch.no_grad()
-    def _correct(self, task: LayerTask, data: LayerData) -> None:
-        module = task.module
-        assert isinstance(module, QWeighted)  # noqa: S101 - `fit` saw to it
-        error = channel_errors(module, data)[0].to(module.weight)
-        shift_bias(task, module, -error)
+    def improve(self, task: LayerTask, module: QWeighted, data: LayerData) -> None:
+        """Correct one layer."""
+        shift_bias(task, module, -channel_errors(module, data)[0])
 
 
 def shift_bias(task: LayerTask, module: QWeighted, by: Tensor) -> None:

@@ -32,7 +32,7 @@ class Erq(WeightStage):
     forbids = frozenset({"gptq", "gptaq"})
     matrices = 6
 
-    weighted: bool = True
+    weighted: bool = False
     """Whether rows of the input weigh what an error of their output costs."""
     ridge: float = 0.1
     """l as a share of the mean diagonal of `X^^T X^`, in both regressions."""
@@ -47,13 +47,9 @@ class Erq(WeightStage):
         if not 0 < self.damp < 1e6:
             raise ConfigError(f"damp of stage erq must be above 0, got {self.damp}")
 
-    def asks(self) -> frozenset[Need]:
-        """Ask for gradients only where they weigh rows."""
-        return self.needs if self.weighted else frozenset({Need.OPERANDS})
-
     def improve(self, task: LayerTask, module: QWeighted, data: LayerData) -> Mapping[str, Any]:
         """Fit one layer; reports how far its weight moved before it was rounded, as a share of its norm."""
-        gram = gram_of(module, data, "hessian" if self.weighted else "l2", residual=True, ones=True)
+        gram = gram_of(module, data, self.distance, residual=True, ones=True)
         assert gram.residual is not None  # noqa: S101 - it was asked for
         old = as_matrix(module, module.weight.detach().double())
         regular, _ = damped(gram.hessian, self.ridge)

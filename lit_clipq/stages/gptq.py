@@ -31,7 +31,7 @@ class Gptq(WeightStage):
     forbids = frozenset({"gptq", "gptaq"})
     matrices = 6
 
-    weighted: bool = True
+    weighted: bool = False
     """Whether rows of the input weigh what an error of their output costs, `H = X^T diag(g) X` (Gauss-Newton)."""
     damp: float = 0.01
     """Share of the mean diagonal of H that is added to the diagonal."""
@@ -41,10 +41,6 @@ class Gptq(WeightStage):
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1e6:
             raise ConfigError(f"damp of stage {self.name} must be above 0, got {self.damp}")
-
-    def asks(self) -> frozenset[Need]:
-        """Ask for gradients only where they weigh rows."""
-        return self.needs if self.weighted else frozenset({Need.OPERANDS})
 
     def improve(self, task: LayerTask, module: QWeighted, data: LayerData) -> Mapping[str, Any]:  # noqa: ARG002
         """Round one weight; reports how many rows nearest rounding serves better, and columns that no input reaches."""
@@ -60,7 +56,7 @@ class Gptq(WeightStage):
 
     def gram(self, module: QWeighted, data: LayerData) -> Gram:
         """Return the sums that it rounds by."""
-        return gram_of(module, data, "hessian" if self.weighted else "l2")
+        return gram_of(module, data, self.distance)
 
     def round(self, weight: Tensor, grid: ElementGrid, gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
         """Return whole steps (G, R, d), which groups have no factor, (G,), and which columns are dead, (G, d)."""
@@ -90,7 +86,7 @@ class Gptaq(Gptq):
 
     def gram(self, module: QWeighted, data: LayerData) -> Gram:
         """Return the sums that it rounds by."""
-        return gram_of(module, data, "hessian" if self.weighted else "l2", deviation=True)
+        return gram_of(module, data, self.distance, deviation=True)
 
     def push(self, factor: Tensor, gram: Gram, order: Tensor) -> Tensor | None:
         """Return what columns pass on beside their error."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.errors import ConfigError
+from lit_clipq.functional.distance import Distance
 from lit_clipq.functional.granularity import PerGroup, split_groups
 from lit_clipq.functional.uniform import broadcastable
 from lit_clipq.nn.modules import QWeighted
@@ -30,7 +31,7 @@ class WeightStage(LayerStage):
     """Fits weight or bias of layers, each kept where it is no worse on samples held out (`trial`).
 
     Attributes:
-        rounds: Whether the weight must have a uniform grid.
+        rounds: Whether it rounds the weight, which then must have a uniform grid and be a matrix.
         matrices: How many matrices of the size of X^T X it holds at a time.
     """
 
@@ -42,6 +43,15 @@ class WeightStage(LayerStage):
 
     layers: tuple[str, ...] = ()
     """Shell patterns of the layers it is for; empty means all that have a weight."""
+
+    def asks(self) -> frozenset[Need]:
+        """Ask for gradients only where an option `weighted` says that they weigh errors."""
+        return self.needs if self.distance == "hessian" else self.needs - {Need.GRADIENTS}
+
+    @property
+    def distance(self) -> Distance:
+        """How it weighs errors itself."""
+        return "hessian" if getattr(self, "weighted", False) else "l2"
 
     def check(self, plan: QuantizationMap, layers: Sequence[Layer]) -> None:
         """Refuse patterns that match no layer, and those that match none with a weight to be fitted."""
@@ -75,7 +85,7 @@ class WeightStage(LayerStage):
     def unfit(self, task: LayerTask) -> str:
         """Return why there is nothing to do for a layer with a weight, or an empty text."""
         module = task.module
-        if not isinstance(module, QWeighted) or not has_rows(module):
+        if not isinstance(module, QWeighted) or (self.rounds and not has_rows(module)):
             return f"{type(module).__name__} is no product of rows and a matrix"
         grid = module.weight_quantizer
         if self.rounds and not isinstance(grid, UniformQuantizer):

@@ -35,7 +35,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def layer_and_input(kind, weight_bits=3, input_bits=4, granularity=None):
+def layer_and_input(kind, granularity=None, symmetric=True):
     """A layer with its grids, and correlated, clipped inputs for it."""
     torch.manual_seed(0)
     if kind == LINEAR:
@@ -46,8 +46,8 @@ def layer_and_input(kind, weight_bits=3, input_bits=4, granularity=None):
         original = nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups, bias=kind == CONV)
         x = torch.randn(20, 8, 9, 9, generator=generator(1)).cumsum(1) / 2
         kind_of_layer = QConv2d
-    weight = UniformQuantizer(weight_bits, symmetric=True, granularity=granularity or PerChannel(0))
-    layer = kind_of_layer(original, weight, UniformQuantizer(input_bits, symmetric=False))
+    weight = UniformQuantizer(3, symmetric=symmetric, granularity=granularity or PerChannel(0))
+    layer = kind_of_layer(original, weight, UniformQuantizer(4, symmetric=False))
     spread = layer.weight.detach()
     shape = (len(spread), -1, granularity.size) if isinstance(granularity, PerGroup) else (len(spread), -1)
     low, high = spread.reshape(shape).aminmax(dim=-1, keepdim=isinstance(granularity, PerGroup))
@@ -120,7 +120,7 @@ def test_gptq_rounds_as_the_published_procedure(kind, weighted, act_order):
 
 
 @pytest.mark.parametrize("kind", [LINEAR, CONV, GROUPED])
-@pytest.mark.parametrize("stage", [Gptq(weighted=False), Gptaq(weighted=False, strength=1.0)])
+@pytest.mark.parametrize("stage", [Gptq(), Gptaq(strength=1.0)])
 def test_no_row_is_worse_than_rounded_to_nearest_and_freezing_changes_nothing(kind, stage):
     layer, x = layer_and_input(kind)
     data, old = data_of(layer, x), layer.weight
@@ -141,21 +141,22 @@ def test_no_row_is_worse_than_rounded_to_nearest_and_freezing_changes_nothing(ki
     assert torch.equal(layer.weight, rounded)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", [PerChannel(0), PerTensor(), PerGroup(8)])
-def test_scales_of_any_granularity_stay_as_they_are(granularity):
-    layer, x = layer_and_input(LINEAR, granularity=granularity)
+def test_scales_of_any_granularity_stay_as_they_are(granularity, symmetric):
+    layer, x = layer_and_input(LINEAR, granularity=granularity, symmetric=symmetric)
     scale = layer.weight_quantizer.scale.clone()
     grid = ElementGrid.of(layer)
     rounded = layer.weight_quantizer(layer.weight.detach())
     assert torch.equal(grid.values(grid.nearest(as_matrix(layer, rounded).double()))[0], rounded)
-    Gptq(weighted=False).improve(Task(), layer, data_of(layer, x))
+    Gptq().improve(Task(), layer, data_of(layer, x))
     assert torch.equal(layer.weight_quantizer.scale, scale)
     assert torch.equal(layer.weight_quantizer(layer.weight.detach()), layer.weight)
 
 
 def test_an_input_that_is_exact_makes_gptaq_gptq():
     layers = []
-    for stage in (Gptq(weighted=False), Gptaq(weighted=False)):
+    for stage in (Gptq(), Gptaq()):
         layer, x = layer_and_input(LINEAR)
         x = layer.input_quantizers["input"](x)  # on the grid: rounding changes nothing
         stage.improve(Task(), layer, data_of(layer, x))
@@ -166,7 +167,7 @@ def test_an_input_that_is_exact_makes_gptaq_gptq():
 def test_what_has_no_factor_is_rounded_to_nearest_and_told():
     layer, x = layer_and_input(LINEAR)
     data = data_of(layer, x)
-    stage = Gptq(weighted=False)
+    stage = Gptq()
     gram = stage.gram(layer, data)
     gram.hessian[0, 3, 3] = -1e9
     nearest = layer.weight_quantizer(layer.weight.detach())
@@ -179,7 +180,7 @@ def test_columns_that_no_input_reaches_are_rounded_to_nearest():
     layer, x = layer_and_input(LINEAR)
     x[:, 5] = 0
     nearest = layer.weight_quantizer(layer.weight.detach())
-    assert Gptq(weighted=False).improve(Task(), layer, data_of(layer, x))["dead_columns"] == 1
+    assert Gptq().improve(Task(), layer, data_of(layer, x))["dead_columns"] == 1
     assert torch.equal(layer.weight[:, 5], nearest[:, 5])
 
 
@@ -194,7 +195,7 @@ def test_affine_finds_a_known_factor_and_shift(kind):
     wanted = exact * gamma.view(shape) + beta.view(shape)
     weight = torch.rand(wanted.shape, generator=generator(6))
     task = Task()
-    Affine().improve(task, layer, data_of(layer, x, weight, wanted))
+    Affine(weighted=True).improve(task, layer, data_of(layer, x, weight, wanted))
     assert torch.equal(layer.weight_quantizer.codes(layer.weight.detach()), codes)
     assert bool(task.structure) == (kind == GROUPED)  # which has no bias
     layer.freeze()
@@ -204,7 +205,7 @@ def test_affine_finds_a_known_factor_and_shift(kind):
 def test_affine_without_scales_of_its_own_fits_the_bias_alone():
     layer, x = layer_and_input(LINEAR, granularity=PerTensor())
     scale, exact = layer.weight_quantizer.scale.clone(), layer(x).detach()
-    told = Affine(weighted=False).improve(Task(), layer, data_of(layer, x))
+    told = Affine().improve(Task(), layer, data_of(layer, x))
     assert told["gamma"] == [1.0, 1.0]
     assert torch.equal(layer.weight_quantizer.scale, scale)
     layer.freeze()
@@ -216,7 +217,7 @@ def test_affine_leaves_what_is_exact_as_it_is():
     layer.weight = nn.Parameter(layer.weight_quantizer(layer.weight.detach()))
     x = layer.input_quantizers["input"](x)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    Affine(weighted=False).improve(Task(), layer, data_of(layer, x))
+    Affine().improve(Task(), layer, data_of(layer, x))
     torch.testing.assert_close(layer.weight, weight, rtol=1e-6, atol=0)
     torch.testing.assert_close(layer.bias, bias, rtol=1e-4, atol=1e-6)
 
@@ -244,9 +245,9 @@ def test_erq_moves_weight_and_bias_by_a_ridge_regression(kind, weighted):
 @pytest.mark.parametrize("kind", [LINEAR, CONV])
 def test_erq_rounds_what_it_moved_by_columns_as_gptq_does(kind):
     moved, x = layer_and_input(kind)
-    Erq(rounding="none", weighted=False).improve(Task(), moved, data_of(moved, x))
+    Erq(rounding="none").improve(Task(), moved, data_of(moved, x))
     layer, _ = layer_and_input(kind)
-    Erq(rounding="columns", weighted=False, damp=0.02).improve(Task(), layer, data_of(layer, x))
+    Erq(rounding="columns", damp=0.02).improve(Task(), layer, data_of(layer, x))
     hessian = rows(layer, x)[0].double()
     hessian = (hessian.T @ hessian).numpy()
     order = np.argsort(-np.diag(hessian), kind="stable")
@@ -263,7 +264,7 @@ def test_erq_rounds_what_it_moved_by_columns_as_gptq_does(kind):
 def test_erq_moves_nothing_where_the_input_is_exact():
     layer, x = layer_and_input(LINEAR)
     x, old = layer.input_quantizers["input"](x), layer.weight.detach().clone()
-    assert Erq(rounding="none", weighted=False).improve(Task(), layer, data_of(layer, x))["moved"] < 1e-5
+    assert Erq(rounding="none").improve(Task(), layer, data_of(layer, x))["moved"] < 1e-5
     torch.testing.assert_close(layer.weight, old, rtol=1e-5, atol=1e-6)
 
 
@@ -315,6 +316,18 @@ def test_what_has_no_weight_says_so_and_what_has_is_kept_or_undone(clip, batch):
         assert len(tried) == 2
         assert all((entry["after"] <= entry["before"]) == entry["kept"] for entry in tried)
     assert any(entry["kept"] for entry in report.stages["gptq"].values())
+
+
+def test_forms_from_one_session_are_those_of_runs_of_their_own(clip, batch):
+    recipes = [recipe_of(), recipe_of("gptq", "affine"), recipe_of("erq")]
+    model = copy.deepcopy(clip.model)
+    for recipe, form in zip(recipes, quantize_many(model, [batch], recipes), strict=True):
+        alone = copy.deepcopy(clip.model)
+        report = quantize(alone, [batch], recipe)
+        with form.installed() as shared:
+            assert shared.stages == report.stages
+            state = model.state_dict()
+            assert all(torch.equal(value, state[name]) for name, value in alone.state_dict().items())
 
 
 @pytest.mark.parametrize("stages", [list(ALL), pytest.param(["erq", "bias_correction"], marks=pytest.mark.slow)])
@@ -405,4 +418,21 @@ def test_two_processes_fit_what_one_does():
                 for key in ("before", "after"):
                     assert told[stage][name][key] == pytest.approx(entry[key], rel=1e-3)
     codes = [name for name in first if name.endswith("weight_codes")]
+    assert codes
     assert all((first[name] != alone[name]).float().mean() < 0.01 for name in codes)
+
+
+def calibrate_one_sided(rank, world_size):
+    """Only the first process has pictures."""
+    clip = load_clip("mini-vit", "mini")
+    images = torch.rand(8, 3, 64, 64, generator=generator()) if rank == 0 else None
+    stages = [*ALL, "qwt"]
+    quantize(clip.model, [(images, clip.preprocessing.tokenizer(TEXTS * 2))], recipe_of(*stages, include=BLOCK[:1]))
+    return clip.model.state_dict()
+
+
+@pytest.mark.slow
+def test_a_process_that_reaches_no_such_layer_takes_part():
+    first, second = run_processes(calibrate_one_sided, 2, world_size=2, timeout=400)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
