@@ -406,7 +406,7 @@ class _Work:
                 None if dry_run else draft,
                 QuantizationReport(
                     recipe=recipe.name,
-                    map=plan,
+                    map=draft.plan,
                     seconds=0.0,
                     float_bytes=float_bytes,
                     quantized_bytes=float_bytes if dry_run else _bytes_of(draft),
@@ -418,7 +418,7 @@ class _Work:
                     structure=tuple(draft.structure),
                 ),
             )
-            for draft, (recipe, plan), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
+            for draft, (recipe, _), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
         ]
 
     def _footprint(self, recipe: Recipe, plan: QuantizationMap, session: Session) -> tuple[int, int]:

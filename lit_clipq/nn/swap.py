@@ -10,8 +10,7 @@ from torch import nn
 from lit_clipq.errors import ConfigError
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.registry import LayerKind, kind_of
-
-FLOAT_BITS = 32
+from lit_clipq.nn.widths import FLOAT_BITS as FLOAT_BITS
 
 
 @dataclass(frozen=True)

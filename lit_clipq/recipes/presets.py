@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from lit_clipq.recipes.recipe import Recipe
+from lit_clipq.stages.allocate import Allocate
 from lit_clipq.stages.equalize import Equalize
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.ranges import Ranges
@@ -31,6 +32,20 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         embeddings=False,
         coverage="convolutions_and_mlps",
     ),
+    "mixed_size": lambda: Recipe(
+        "mixed_size",
+        (Equalize(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search(), Allocate()),
+    ),
+    "mixed_bops": lambda: Recipe(
+        "mixed_bops",
+        (
+            Equalize(),
+            Grids(softmax="twin", gelu="twin"),
+            StartTokens(),
+            Search(),
+            Allocate(budget="bops", widths=(3, 4, 6, 8)),
+        ),
+    ),
 }
 """Every recipe by its name.
 
@@ -39,4 +54,6 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
 - `base_ptq`: the baseline of PTQ4ViT, scales of highest cosine similarity of each product, uniform grids only.
 - `ptq4clip`: twin grids and a Hessian-guided search for all products of both towers, channels equalised first.
 - `ptq4clip_paper`: the same on convolutions and MLPs only, channels as they are.
+- `mixed_size`: `ptq4clip`, and bits layer by layer, in all as many of weights as the widths given take.
+- `mixed_bops`: the same with as many bit operations.
 """

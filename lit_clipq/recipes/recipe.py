@@ -13,7 +13,7 @@ from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry, QuantizationMap, sele
 from lit_clipq.recipes.widths import BitWidths
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.recorded import Recorded
-from lit_clipq.stages.schedule import Propagate
+from lit_clipq.stages.schedule import Propagate, chooser
 from lit_clipq.stages.stage import Stage
 from lit_clipq.stages.start_tokens import StartTokens, start_products
 
@@ -73,6 +73,12 @@ class Recipe:
         if not all(isinstance(stage, Stage) for stage in self.stages):
             raise ConfigError(f"stages must be stages, got {self.stages!r}; `compose` makes them of names and options")
         check_order(self.stages)
+        choosing = chooser(self.stages)
+        if choosing is not None and self.propagate != "none":
+            raise ConfigError(
+                f"stage {choosing.name} fits layers at several widths on one collection, which propagate: "
+                f"{self.propagate} has not; set propagate to none, or give the widths it reports to a second run"
+            )
 
     def plan(self, layers: Sequence[Layer]) -> QuantizationMap:
         """Decide what becomes of each layer, from widths, patterns and coverage; every stage has a look at it.

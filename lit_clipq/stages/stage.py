@@ -163,6 +163,33 @@ class LayerStage(Stage):
         """Fit one layer; what is returned goes into the report under the layer's name, `None` is left out."""
 
 
+class ChoosingStage(LayerStage):
+    """Has every layer fitted in several ways on the same observations, and chooses when all of them are.
+
+    `fit` tells what a layer costs as the stages in front leave it; stages behind work on each of the ways as well.
+    """
+
+    @abstractmethod
+    def plans(self, draft: "Draft") -> list[QuantizationMap]:
+        """Return the plans by which layers are fitted; they differ in widths only.
+
+        Args:
+            draft: Prepared, with the recipe's own plan.
+        """
+
+    @abstractmethod
+    def choose(self, draft: "Draft", offers: Sequence[Mapping[str, LayerTask]]) -> tuple[dict[str, int], Report]:
+        """Choose for each layer.
+
+        Args:
+            draft: The draft of the recipe.
+            offers: For each of the plans the layers as they were fitted.
+
+        Returns:
+            Number of a plan by layer, and what the stage says of itself.
+        """
+
+
 S = TypeVar("S", bound=type[Stage])
 STAGES: dict[str, type[Stage]] = {}
 """Every stage by its name."""
