@@ -30,6 +30,7 @@ class QModule(LateBuffers):
     Attributes:
         input_quantizers: One entry an operand of `forward`; an absent quantizer leaves that operand float.
         phase: Whether `forward` quantizes.
+        rivals: Grids that a search may put in the place of an operand's own.
         classes: Every Q-module class by its `id`.
         id: What saved models call the class; by default its name.
     """
@@ -51,6 +52,7 @@ class QModule(LateBuffers):
             {name: q for name, q in zip(self.operands, input_quantizers, strict=True) if q is not None}
         )
         self.phase = Phase.FLOAT
+        self.rivals: dict[str, Quantizer] = {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Compute the product of the inputs, rounded first in `Phase.QUANTIZED`."""
@@ -93,6 +95,7 @@ class QModule(LateBuffers):
 
     def freeze(self) -> None:
         """End calibration: from here on `forward` quantizes."""
+        self.rivals = {}
         self.phase = Phase.QUANTIZED
 
 

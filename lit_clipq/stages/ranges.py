@@ -26,12 +26,14 @@ class Ranges(LayerStage):
     tables = True
 
     def check_behind(self, before: Sequence[Stage]) -> None:
-        """Refuse twin grids, whose halves minimum and maximum do not decide."""
-        twin = [(s.name, n) for s in before for n, value in s.options().items() if value == "twin"]
-        if twin:
+        """Refuse twin and adaptive grids, which minimum and maximum do not decide."""
+        kinds = ("twin", "adalog", "best")
+        other = [(s.name, n, value) for s in before for n, value in s.options().items() if value in kinds]
+        if other:
+            stage, option, value = other[0]
             raise ConfigError(
-                f"stage ranges cannot calibrate {twin[0][1]}: twin of stage {twin[0][0]}; put search in its place, or "
-                f"give {twin[0][1]}: uniform"
+                f"stage ranges cannot calibrate {option}: {value} of stage {stage}; put search in its place, or give "
+                f"{option}: uniform"
             )
 
     def fit(self, task: LayerTask) -> Any:
