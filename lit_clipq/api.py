@@ -27,6 +27,7 @@ from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import Layer, QuantizationMap, find_layers, towers
 from lit_clipq.recipes import Recipe
 from lit_clipq.recipes.widths import TOWERS
+from lit_clipq.stages.blocks import block_steps, has_block_stages
 from lit_clipq.stages.draft import Draft
 from lit_clipq.stages.schedule import asked, blocks_side_by_side, needs_one_draft, prepare, visit, whole_passes
 from lit_clipq.text_lengths import TextLengths, Texts
@@ -243,7 +244,10 @@ def preview(model: nn.Module | Mapping[str, nn.Module], recipe: Recipe) -> Quant
         shells = {name: copy.deepcopy(root).to("meta").eval() for name, root in roots.items()}
         for shell in shells.values():
             make_explicit(shell)
-        return recipe.plan(find_layers(shells))
+        planned = recipe.plan(find_layers(shells))
+        for stage in recipe.stages:
+            stage.check_networks(planned, shells)
+        return planned
 
 
 @dataclass
@@ -309,6 +313,8 @@ class _Work:
         planned = recipe.plan(self.layers)
         if not planned.quantized:
             raise ConfigError(f"no layer is left to quantize, {planned.entries[0].name}: {planned.entries[0].reason}")
+        for stage in recipe.stages:
+            stage.check_networks(planned, self.roots)
         if self.cost is None:
             self.cost = _measure(self.roots, self.layers, self.data)
         planned = self._without_unreached(planned.with_macs(self.cost.macs))
@@ -428,6 +434,8 @@ class _Work:
             CalibrationError: If the memory limit is below what is needed.
         """
         needs, passes = asked(recipe.stages), whole_passes(recipe.stages, fisher=recipe.objective == "fisher")
+        if has_block_stages(recipe.stages):
+            passes += len(block_steps(session.searched(plan), {layer.name: layer.tower for layer in self.layers}))
         if Need.OPERANDS in needs:
             storage = session.collection.storage(gradients=Need.GRADIENTS in needs)
             groups = session.budget.groups(session.searched(plan), storage)

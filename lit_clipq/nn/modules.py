@@ -164,9 +164,15 @@ class QWeighted(QModule):
 
 
 class QLinear(QWeighted):
-    """Quantized `nn.Linear`: input (*, in), output (*, out)."""
+    """Quantized `nn.Linear`: input (*, in), output (*, out).
+
+    Attributes:
+        input_divisor: By which each channel of the input is divided, in float, before anything else looks at it; the
+            weight is multiplied by it. (in,), or `None` where the input is taken as it is.
+    """
 
     id = "linear"
+    input_divisor: Tensor | None
 
     def __init__(
         self, original: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
@@ -174,6 +180,8 @@ class QLinear(QWeighted):
         super().__init__(original, weight_quantizer, input_quantizer)
         self.in_features, self.out_features = original.in_features, original.out_features
         self.segments = getattr(original, "segments", (original.out_features,))
+        self.register_buffer("input_divisor", None)
+        self.register_forward_pre_hook(_divide_input)
 
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`."""
@@ -218,6 +226,11 @@ class QMatMul(QModule):
     def product(self, *inputs: Tensor) -> Tensor:
         """Return `a @ b`."""
         return inputs[0] @ inputs[1]
+
+
+def _divide_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    divisor = module._buffers["input_divisor"]
+    return None if divisor is None else (inputs[0] / divisor, *inputs[1:])
 
 
 def _decode_loaded(module: QWeighted, _: Any) -> None:

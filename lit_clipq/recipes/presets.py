@@ -7,7 +7,10 @@ from lit_clipq.stages.allocate import Allocate
 from lit_clipq.stages.equalize import Equalize
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.ranges import Ranges
+from lit_clipq.stages.repq import RepQ
+from lit_clipq.stages.rotate import Rotate
 from lit_clipq.stages.search import Search
+from lit_clipq.stages.smooth import Smooth
 from lit_clipq.stages.start_tokens import StartTokens
 
 PRESETS: dict[str, Callable[[], Recipe]] = {
@@ -46,6 +49,18 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
             Allocate(budget="bops", widths=(3, 4, 6, 8)),
         ),
     ),
+    "smooth": lambda: Recipe(
+        "smooth",
+        (Smooth(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
+    ),
+    "repq": lambda: Recipe(
+        "repq",
+        (RepQ(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
+    ),
+    "rotate": lambda: Recipe(
+        "rotate",
+        (Rotate(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
+    ),
 }
 """Every recipe by its name.
 
@@ -56,4 +71,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
 - `ptq4clip_paper`: the same on convolutions and MLPs only, channels as they are.
 - `mixed_size`: `ptq4clip`, and bits layer by layer, in all as many of weights as the widths given take.
 - `mixed_bops`: the same with as many bit operations.
+- `repq`: as `ptq4clip`, with RepQ's folding of a grid for each channel in the place of powers of two.
+- `rotate`: as `ptq4clip`, with rotations of residual streams and heads in the place of powers of two.
+- `smooth`: as `ptq4clip`, with SmoothQuant's factors in the place of powers of two.
 """

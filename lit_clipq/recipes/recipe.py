@@ -181,4 +181,4 @@ def check_order(stages: Sequence[Stage]) -> None:
         raise ConfigError(f"no stage in [{listed}] gives the grids their scales; add `search` or `ranges`")
 
 
-_SCOPES = ("the float network", "grids", "layers")
+_SCOPES = ("the float network", "grids", "layers", "blocks")

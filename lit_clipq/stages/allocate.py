@@ -10,7 +10,7 @@ from lit_clipq.errors import ConfigError
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry, QuantizationMap
 from lit_clipq.nn.widths import read_widths, written
 from lit_clipq.search.allocation import allocate
-from lit_clipq.search.objective import layer_objective
+from lit_clipq.search.rounded import rounded_error
 from lit_clipq.stages.draft import Draft
 from lit_clipq.stages.search import Search
 from lit_clipq.stages.stage import ChoosingStage, LayerTask, Report, stage
@@ -69,7 +69,7 @@ class Allocate(ChoosingStage):
         """Measure what a layer costs as it is now."""
         search = next((stage for stage in task.draft.stages if isinstance(stage, Search)), None)
         factored = search is None or search.factored
-        return layer_objective(task.module, task.data, "hessian", factored=factored)
+        return rounded_error(task.module, task.data, "hessian", factor=factored)[0]
 
     def choose(self, draft: Draft, offers: Sequence[Mapping[str, LayerTask]]) -> tuple[dict[str, int], Report]:
         """Choose the offer of each layer; the report has widths and costs by layer, and how near the best it is."""

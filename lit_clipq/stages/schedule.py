@@ -21,6 +21,7 @@ from lit_clipq.functional.granularity import Granularity
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.search.data import LayerData
+from lit_clipq.stages.blocks import floats_of, has_block_stages, visit_blocks
 from lit_clipq.stages.draft import Draft, frozen
 from lit_clipq.stages.stage import ChoosingStage, FloatStage, GridStage, LayerStage, LayerTask, Stage
 
@@ -111,6 +112,7 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
     fitted = [form for draft in drafts for form in forms[id(draft)] or [draft]]
     ranges = {id(draft): _ranges(draft) if Need.RANGES in needs else {} for draft in fitted}
     visitor = _Visitor(session, fitted, ranges, progress, {id(form): {} for group in forms.values() for form in group})
+    floats = {id(draft): floats_of(draft) for draft in drafts if has_block_stages(draft.stages)}
     if Need.OPERANDS not in needs:
         for name in names:
             visitor.keep(visitor.fit(name, None))
@@ -121,9 +123,12 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
     for draft in drafts:
         if forms[id(draft)]:
             visitor.choose(draft, forms[id(draft)])
-        for name, module in draft.modules.items():
+        for name in draft.modules:
             if session.layer[name].kind.is_table:
                 visitor.keep_report(draft, visitor.fit_one(draft, name, None))
+        if id(draft) in floats:
+            visit_blocks(draft, floats[id(draft)])
+        for name, module in draft.modules.items():
             frozen(module, name)
 
 

@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from torch import nn
+
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.calibration.ranges import Ranges
 from lit_clipq.calibration.results import LayerResult
 from lit_clipq.errors import ConfigError
+from lit_clipq.functional.distance import Distance
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.swap import Layer, QuantizationMap
 from lit_clipq.search.data import LayerData
@@ -31,6 +34,8 @@ class Scope(IntEnum):
     """Which operand gets which grid."""
     LAYER = 2
     """One layer after the other, all on the same observations."""
+    BLOCK = 3
+    """One block after the other, behind the quantized blocks in front of it."""
 
 
 class Stage(ABC):
@@ -76,6 +81,17 @@ class Stage(ABC):
 
         Raises:
             ConfigError: Names the layer, why, and what to change.
+        """
+
+    def check_networks(self, plan: QuantizationMap, roots: Mapping[str, nn.Module]) -> None:  # noqa: B027
+        """Refuse networks that it cannot serve as its options have it, by name, before any data is read.
+
+        Args:
+            plan: What is to become of each layer.
+            roots: Named networks with explicit attentions; they may be on the meta device.
+
+        Raises:
+            ConfigError: Names the module, why, and what to change.
         """
 
 
@@ -133,6 +149,11 @@ class LayerTask:
     def name(self) -> str:
         """The layer's name."""
         return self.layer.name
+
+    @property
+    def distance(self) -> Distance:
+        """How the recipe weighs errors: `hessian` where one of its stages asks for gradients, else `l2`."""
+        return "hessian" if any(Need.GRADIENTS in stage.asks() for stage in self.draft.stages) else "l2"
 
     @property
     def data(self) -> LayerData:

@@ -14,10 +14,8 @@ from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QLinear, QMatMul
 from lit_clipq.nn.quantizer import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.search.chained import ZeroPoints
-from lit_clipq.search.data import LayerData
 from lit_clipq.search.grid import CandidateGrid
-from lit_clipq.search.objective import layer_objective
-from tests.search.test_layer import CPU, generator, make_linear, observed, search_of
+from tests.search.test_layer import CPU, generator, make_linear, search_of
 
 GRID = CandidateGrid(count=40)
 MOVING = CandidateGrid(count=40, zero_points=True)
@@ -187,14 +185,3 @@ def test_a_rival_that_is_worse_is_left():
     search_of(layer, (x,), weight, grid=GRID).run()
     assert isinstance(layer.input_quantizers["input"], TwinGeluQuantizer)
     assert layer.input_quantizers["input"].calibrated
-
-
-@pytest.mark.parametrize("kind", ["linear", "average"])
-def test_the_objective_of_a_layer_is_that_of_its_search(kind):
-    layer, inputs, weight = make_linear(4) if kind == "linear" else make_average(TwinSoftmaxQuantizer(4))
-    for distance in ("hessian", "l2"):
-        module = copy.deepcopy(layer)
-        search = search_of(module, inputs, weight, distance=distance)
-        result = search.run()
-        data = LayerData("here", module, observed(module, inputs, weight), CPU)
-        assert layer_objective(module, data, distance) == pytest.approx(result.after, rel=1e-5)
