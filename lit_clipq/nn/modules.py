@@ -135,6 +135,15 @@ class QWeighted(QModule):
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Compute the product of the input with `weight` in place of the layer's own."""
 
+    def coded_weight(self) -> Tensor:
+        """Return what of the weight the codes stand for, of its shape: all of it; detached."""
+        return self.weight.detach()
+
+    def rounded_weight(self) -> Tensor:
+        """Return the weight that freezing would give the layer, of its shape and type."""
+        quantizer = self.weight_quantizer
+        return self.weight if quantizer is None else cast(Tensor, quantizer(self.coded_weight()))
+
     @property
     def quantizers(self) -> tuple[Quantizer | None, ...]:
         """The weight's quantizer, then those of the operands."""
@@ -144,7 +153,7 @@ class QWeighted(QModule):
         """Replace the weight by its codes; without a weight quantizer the float weight stays."""
         quantizer = self.weight_quantizer
         if quantizer is not None:
-            codes = quantizer.codes(self.weight.detach()) - storage_shift(quantizer)
+            codes = quantizer.codes(self.coded_weight()) - storage_shift(quantizer)
             self.load_codes(codes.to(torch.int8 if quantizer.bits <= 8 else torch.int16))
         super().freeze()
 

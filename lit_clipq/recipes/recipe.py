@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from lit_clipq.calibration.needs import Write
+from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.calibration.session import Collection
 from lit_clipq.errors import ConfigError
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry, QuantizationMap, select
@@ -174,6 +174,10 @@ def check_order(stages: Sequence[Stage]) -> None:
         early = next((name for name in names[:place] if name in stage.forbids), None)
         if early is not None:
             raise ConfigError(f"stage {stage.name} must not stand behind {early}; got [{listed}]")
+    reason = next((stage.hides() for stage in stages if stage.hides()), "")
+    looks = next((stage.name for stage in stages if Need.OPERANDS in stage.asks()), None)
+    if reason and looks:
+        raise ConfigError(f"{reason}, which stage {looks} cannot see; put `ranges` in its place; got [{listed}]")
     assigning = [stage.name for stage in stages if Write.GRIDS in stage.writes]
     if len(assigning) != 1:
         raise ConfigError(f"expected one stage that assigns grids, such as `grids`, got {len(assigning)} in [{listed}]")

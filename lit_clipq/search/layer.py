@@ -157,7 +157,11 @@ class LayerSearch:
                 found["weight"] = grid.of(quantizer, *extrema(weight, quantizer.granularity), device=self.device)
         for i, name in enumerate(module.operands):
             operand = module.operand_quantizers.get(name)
-            if operand is not None:
+            if operand is not None and isinstance(operand.granularity, PerChannel):
+                data.range_of(i)  # says so if there is none
+                low, high = data.channel_range_of(i, operand.granularity.axis)
+                found[name] = grid.of(operand, low, high, (len(low),), device=self.device)
+            elif operand is not None:
                 found[name] = grid.of(operand, *data.range_of(i), device=self.device)
         return found
 

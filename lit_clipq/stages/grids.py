@@ -6,7 +6,7 @@ from typing import Literal
 
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.errors import ConfigError
-from lit_clipq.functional.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from lit_clipq.functional.granularity import Granularity, PerChannel, PerGroup, PerSample, PerTensor, PerToken
 from lit_clipq.nn.adaptive_log import AdaptiveLogQuantizer
 from lit_clipq.nn.layout import ROWS
 from lit_clipq.nn.modules import QModule
@@ -33,6 +33,14 @@ class Grids(GridStage):
     """Grid of attention weights; `best` lets a search choose between `twin` and `adalog`, layer by layer."""
     gelu: Literal["twin", "uniform", "adalog", "best"] = "uniform"
     """Grid behind GELU-like activations; `best` as for attention weights."""
+    inputs: Literal["static", "per_token", "per_sample"] = "static"
+    """Whether activations have one range from calibration, or one found at run time for each token or each sample, so
+    that what else is in a batch never matters. `per_token`: rows of linear layers and of queries and columns of keys;
+    values, which are summed over tokens, have a range from calibration for each channel, and the inputs of convolutions
+    one for each sample. `per_sample`: one for each sample, but in the text tower, where rows behind a text's end would
+    count, as `per_token`."""
+    symmetric: bool = False
+    """Whether uniform grids of activations mirror around 0, as those of weights do."""
     per_channel: bool = True
     """Whether each output channel of a weight has its own scale; else one scale a projection (q, k and v apart)."""
     restricted: bool = False
@@ -47,6 +55,12 @@ class Grids(GridStage):
             raise ConfigError(f"group_size of stage grids must be at least 1, got {self.group_size}")
         if self.group_size is not None and not self.per_channel:
             raise ConfigError("group_size of stage grids divides the rows of weights; leave out per_channel: false")
+
+    def hides(self) -> str:
+        """Refuse stages that compare rows where a whole sample has one range."""
+        return "inputs: per_sample of stage grids has one range for all rows of a sample" * (
+            self.inputs == "per_sample"
+        )
 
     def check(self, plan: QuantizationMap, layers: Sequence[Layer]) -> None:
         """Refuse groups that do not divide the input of a layer."""
@@ -120,4 +134,15 @@ class Grids(GridStage):
         if place == 0 and self.gelu != "uniform" and layer.kind.has_weight and layer.name in sources.minima:
             kind = AdaptiveLogQuantizer if self.gelu == "adalog" else TwinGeluQuantizer
             return kind(bits, sources.minima[layer.name])
-        return UniformQuantizer(bits, symmetric=False)
+        granularity = self._of_operand(layer, place, averages=layer.name in sources.averages)
+        restricted = self.restricted and self.symmetric
+        return UniformQuantizer(bits, symmetric=self.symmetric, granularity=granularity, restricted=restricted)
+
+    def _of_operand(self, layer: Layer, place: int, *, averages: bool) -> Granularity:
+        if self.inputs == "static":
+            return PerTensor()
+        if self.inputs == "per_sample" and layer.tower != "text":
+            return PerSample()
+        if layer.kind.is_product_of_activations:
+            return PerToken() if place == 0 else PerChannel(-1) if averages else PerToken(-2)
+        return PerToken() if layer.kind.layout(layer.module) is ROWS else PerSample()

@@ -45,7 +45,8 @@ def layer_stages(stages: Sequence[Stage]) -> tuple[LayerStage, ...]:
 def whole_passes(stages: Sequence[Stage], *, fisher: bool) -> int:
     """Predict how often the whole calibration set runs beside the visits of layers."""
     needs = asked(stages)
-    return sum(need.whole_set and not need.by_layer for need in needs) + (fisher and Need.GRADIENTS in needs)
+    whole = sum(need.whole_set and not need.by_layer for need in needs) + (fisher and Need.GRADIENTS in needs)
+    return whole + sum(stage.passes for stage in stages)
 
 
 def blocks_side_by_side(names: Sequence[str], tower_of: Mapping[str, str]) -> list[list[str]]:

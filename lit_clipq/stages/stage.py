@@ -48,6 +48,7 @@ class Stage(ABC):
         writes: What it changes.
         reads: What stages in front of it must have written.
         forbids: Names of stages that must not stand in front of it.
+        passes: How often it runs the calibration set by itself.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class Stage(ABC):
     writes: ClassVar[frozenset[Write]] = frozenset()
     reads: ClassVar[frozenset[Write]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset()
+    passes: ClassVar[int] = 0
 
     def asks(self) -> frozenset[Need]:
         """Return what of `needs` it looks at with these options."""
@@ -64,6 +66,13 @@ class Stage(ABC):
     def options(self) -> dict[str, Any]:
         """Return its options as plain values."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def hides(self) -> str:
+        """Say why what single layers saw does not tell what they will compute; empty where it does.
+
+        Stages that look at operands are then refused.
+        """
+        return ""
 
     def check_behind(self, before: "Sequence[Stage]") -> None:  # noqa: B027 - most stages take any
         """Refuse options of the stages in front of it that it cannot work with.
