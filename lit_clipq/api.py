@@ -432,7 +432,7 @@ class _Work:
                     structure=tuple(draft.structure),
                 ),
             )
-            for draft, (recipe, plan), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
+            for draft, (recipe, _), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
         ]
 
     def _beside(self, recipes: Sequence[Recipe]) -> dict[str, int]:

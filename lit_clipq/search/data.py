@@ -16,6 +16,7 @@ from lit_clipq.calibration.observations import Observations, with_influence
 from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.distance import Distance
+from lit_clipq.functional.granularity import PerChannel, extrema
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.search.losses import ProductLosses
 from lit_clipq.search.sampling import factored
@@ -79,6 +80,18 @@ class LayerData:
                 )
             self._ranges[operand] = low.min(), high.max()
         return self._ranges[operand]
+
+    @torch.no_grad()
+    def channel_range_of(self, operand: int, axis: int) -> tuple[Tensor, Tensor]:
+        """Return minima and maxima along an axis of an operand, over the units with influence of all ranks, on the CPU.
+
+        A collective call.
+        """
+        own = [
+            torch.stack(extrema(o.inputs[operand].float(), PerChannel(axis))).cpu() for o in self.seen if len(o.keys)
+        ]
+        low, high = torch.stack([piece for rank in gather(own) for piece in rank]).unbind(1)
+        return low.amin(0), high.amax(0)
 
     @torch.no_grad()
     def weighted(self, distance: Distance, *, factor: bool = True) -> tuple[list[Observations], float]:

@@ -143,6 +143,20 @@ class Draft:
                 module.input_divisor = divisor.to(weight)
         self.modules[name] = module
 
+    def variant(self, plan: QuantizationMap) -> "Draft":
+        """Return a draft of other widths that shares the network, its scaled channels and float weights with this one.
+
+        It has no Q-modules yet, and is not to be installed.
+        """
+        return Draft(self.session, plan, self.stages, scalings=self.scalings, scaling=self.scaling)
+
+    def share_parameters(self, other: "Draft") -> None:
+        """Take over the weights and biases of another draft's layers, so that they are held once."""
+        for name, module in self.modules.items():
+            shared = other.modules[name]
+            if isinstance(module, QWeighted) and isinstance(shared, QWeighted):
+                module.weight, module.bias = shared.weight, shared.bias
+
     def attach(self, block: str, linear: nn.Linear) -> None:
         """Let a block return its output plus a linear layer of its input, wherever this draft is in place."""
         self.attached[block] = linear

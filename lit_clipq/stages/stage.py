@@ -48,6 +48,7 @@ class Stage(ABC):
         writes: What it changes.
         reads: What stages in front of it must have written.
         forbids: Names of stages that must not stand in front of it.
+        passes: How often it runs the calibration set by itself.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class Stage(ABC):
     writes: ClassVar[frozenset[Write]] = frozenset()
     reads: ClassVar[frozenset[Write]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset()
+    passes: ClassVar[int] = 0
 
     def asks(self) -> frozenset[Need]:
         """Return what of `needs` it looks at with these options."""
@@ -64,6 +66,13 @@ class Stage(ABC):
     def options(self) -> dict[str, Any]:
         """Return its options as plain values."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def hides(self) -> str:
+        """Say why what single layers saw does not tell what they will compute; empty where it does.
+
+        Stages that look at operands are then refused.
+        """
+        return ""
 
     def check_behind(self, before: "Sequence[Stage]") -> None:  # noqa: B027 - most stages take any
         """Refuse options of the stages in front of it that it cannot work with.
@@ -186,6 +195,33 @@ class LayerStage(Stage):
     @abstractmethod
     def fit(self, task: LayerTask) -> Any:
         """Fit one layer; what is returned goes into the report under the layer's name, `None` is left out."""
+
+
+class ChoosingStage(LayerStage):
+    """Has every layer fitted in several ways on the same observations, and chooses when all of them are.
+
+    `fit` tells what a layer costs as the stages in front leave it; stages behind work on each of the ways as well.
+    """
+
+    @abstractmethod
+    def plans(self, draft: "Draft") -> list[QuantizationMap]:
+        """Return the plans by which layers are fitted; they differ in widths only.
+
+        Args:
+            draft: Prepared, with the recipe's own plan.
+        """
+
+    @abstractmethod
+    def choose(self, draft: "Draft", offers: Sequence[Mapping[str, LayerTask]]) -> tuple[dict[str, int], Report]:
+        """Choose for each layer.
+
+        Args:
+            draft: The draft of the recipe.
+            offers: For each of the plans the layers as they were fitted.
+
+        Returns:
+            Number of a plan by layer, and what the stage says of itself.
+        """
 
 
 S = TypeVar("S", bound=type[Stage])

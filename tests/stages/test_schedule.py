@@ -73,7 +73,7 @@ def test_stages_in_place_give_the_numbers_of_the_recipe_by_name(clip, batch):
         (["grids", "serach"], "unknown stage 'serach'.* did you mean 'search'"),
         (
             [{"grids": {"softmax": "triple"}}, "search"],
-            "softmax must be one of twin, uniform, log2, log_sqrt2; got 'triple'",
+            "softmax must be one of twin, uniform, log2, log_sqrt2, adalog, best; got 'triple'",
         ),
         ([{"grids": {"speed": 1}}, "search"], "stage grids has no option speed"),
         (["grids", {"search": {"grid": {"count": "many"}}}], 'grid.count of stage search: .*; got "many"'),
