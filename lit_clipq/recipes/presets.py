@@ -6,6 +6,7 @@ from lit_clipq.recipes.recipe import Recipe
 from lit_clipq.stages.equalize import Equalize
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.ranges import Ranges
+from lit_clipq.stages.registers import Registers
 from lit_clipq.stages.repq import RepQ
 from lit_clipq.stages.rotate import Rotate
 from lit_clipq.stages.search import Search
@@ -38,6 +39,10 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         "smooth",
         (Smooth(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
     ),
+    "registers": lambda: Recipe(
+        "registers",
+        (Registers(), Equalize(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
+    ),
     "repq": lambda: Recipe(
         "repq",
         (RepQ(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
@@ -54,6 +59,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
 - `base_ptq`: the baseline of PTQ4ViT, scales of highest cosine similarity of each product, uniform grids only.
 - `ptq4clip`: twin grids and a Hessian-guided search for all products of both towers, channels equalised first.
 - `ptq4clip_paper`: the same on convolutions and MLPs only, channels as they are.
+- `registers`: as `ptq4clip`, with registers for the vision tower where they help.
 - `repq`: as `ptq4clip`, with RepQ's folding of a grid for each channel in the place of powers of two.
 - `rotate`: as `ptq4clip`, with rotations of residual streams and heads in the place of powers of two.
 - `smooth`: as `ptq4clip`, with SmoothQuant's factors in the place of powers of two.
