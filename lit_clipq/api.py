@@ -27,8 +27,17 @@ from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import Layer, QuantizationMap, find_layers, towers
 from lit_clipq.recipes import Recipe
 from lit_clipq.recipes.widths import TOWERS
+from lit_clipq.stages.blocks import block_steps, has_block_stages
 from lit_clipq.stages.draft import Draft
-from lit_clipq.stages.schedule import asked, blocks_side_by_side, needs_one_draft, prepare, visit, whole_passes
+from lit_clipq.stages.schedule import (
+    asked,
+    blocks_side_by_side,
+    layer_stages,
+    needs_one_draft,
+    prepare,
+    visit,
+    whole_passes,
+)
 from lit_clipq.text_lengths import TextLengths, Texts
 
 log = logging.getLogger(__name__)
@@ -392,7 +401,7 @@ class _Work:
             self.roots,
             self.layers,
             self.data,
-            Budget(self.cost, self.most, self.memory_limit_bytes, rows),
+            Budget(self.cost, self.most, self.memory_limit_bytes, rows, self._beside([r for r, _ in members])),
             recipe.collection(plan, self.layers, text_rule=self.text_rule),
             self.text_rule,
         )
@@ -423,8 +432,13 @@ class _Work:
                     structure=tuple(draft.structure),
                 ),
             )
-            for draft, (recipe, plan), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
+            for draft, (recipe, _), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
         ]
+
+    def _beside(self, recipes: Sequence[Recipe]) -> dict[str, int]:
+        """Return what fitting each layer takes besides copies of what it saw: the most that any of the stages does."""
+        stages = [stage for recipe in recipes for stage in layer_stages(recipe.stages)]
+        return {layer.name: max((s.workspace_bytes(layer) for s in stages), default=0) for layer in self.layers}
 
     def _footprint(self, recipe: Recipe, plan: QuantizationMap, session: Session) -> tuple[int, int]:
         """Predict (bytes stored beside the model, passes over the calibration set).
@@ -433,6 +447,8 @@ class _Work:
             CalibrationError: If the memory limit is below what is needed.
         """
         needs, passes = asked(recipe.stages), whole_passes(recipe.stages, fisher=recipe.objective == "fisher")
+        if has_block_stages(recipe.stages):
+            passes += len(block_steps(session.searched(plan), {layer.name: layer.tower for layer in self.layers}))
         if Need.OPERANDS in needs:
             storage = session.collection.storage(gradients=Need.GRADIENTS in needs)
             groups = session.budget.groups(session.searched(plan), storage)

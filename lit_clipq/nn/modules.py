@@ -31,6 +31,7 @@ class QModule(LateBuffers):
     Attributes:
         input_quantizers: One entry an operand of `forward`; an absent quantizer leaves that operand float.
         phase: Whether `forward` quantizes.
+        rivals: Grids that a search may put in the place of an operand's own.
         classes: Every Q-module class by its `id`.
         id: What saved models call the class; by default its name.
     """
@@ -52,6 +53,7 @@ class QModule(LateBuffers):
             {name: q for name, q in zip(self.operands, input_quantizers, strict=True) if q is not None}
         )
         self.phase = Phase.FLOAT
+        self.rivals: dict[str, Quantizer] = {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Compute the product of the inputs, rounded first in `Phase.QUANTIZED`."""
@@ -94,6 +96,7 @@ class QModule(LateBuffers):
 
     def freeze(self) -> None:
         """End calibration: from here on `forward` quantizes."""
+        self.rivals = {}
         self.phase = Phase.QUANTIZED
 
 
@@ -133,6 +136,15 @@ class QWeighted(QModule):
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Compute the product of the input with `weight` in place of the layer's own."""
 
+    def coded_weight(self) -> Tensor:
+        """Return what of the weight the codes stand for, of its shape: all of it; detached."""
+        return self.weight.detach()
+
+    def rounded_weight(self) -> Tensor:
+        """Return the weight that freezing would give the layer, of its shape and type."""
+        quantizer = self.weight_quantizer
+        return self.weight if quantizer is None else cast(Tensor, quantizer(self.coded_weight()))
+
     @property
     def quantizers(self) -> tuple[Quantizer | None, ...]:
         """The weight's quantizer, then those of the operands."""
@@ -142,7 +154,7 @@ class QWeighted(QModule):
         """Replace the weight by its codes; without a weight quantizer the float weight stays."""
         quantizer = self.weight_quantizer
         if quantizer is not None:
-            codes = quantizer.codes(self.weight.detach()) - storage_shift(quantizer)
+            codes = quantizer.codes(self.coded_weight()) - storage_shift(quantizer)
             self.load_codes(codes.to(torch.int8 if quantizer.bits <= 8 else torch.int16))
         super().freeze()
 

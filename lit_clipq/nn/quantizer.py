@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_clipq.functional.granularity import (
     Granularity,
     PerTensor,
-    PerToken,
+    at_run_time,
     extrema,
     granularity_of,
     named_granularity,
@@ -85,8 +85,8 @@ class Quantizer(LateBuffers):
 class UniformQuantizer(Quantizer):
     """Uniform affine grid of 2 to 16 bits.
 
-    The scale (float32) and zero point (int32) come from `set_range` or `load_parameters`, except for `PerToken`, which
-    computes both from each input.
+    The scale (float32) and zero point (int32) come from `set_range` or `load_parameters`, except for `PerToken` and
+    `PerSample`, which compute both from each input.
 
     Args:
         bits: Width of the codes, 2 to 16.
@@ -121,7 +121,7 @@ class UniformQuantizer(Quantizer):
     @property
     def calibrated(self) -> bool:
         """Whether the grid has its parameters, or needs none."""
-        return isinstance(self.granularity, PerToken) or super().calibrated
+        return at_run_time(self.granularity) or super().calibrated
 
     def config(self) -> dict[str, Any]:
         """Return the options as plain values."""
@@ -165,7 +165,7 @@ class UniformQuantizer(Quantizer):
         return from_codes(codes, self._need("scale"), self._need("zero_point"), self.granularity)
 
     def _grid_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.granularity, PerToken):
+        if at_run_time(self.granularity):
             return self._grid_spanning(*extrema(x.detach(), self.granularity))
         return self._need("scale"), self._need("zero_point")
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_clipq.errors import ModelError
 from lit_clipq.nn.modules import QModule, QWeighted
@@ -151,3 +151,36 @@ def _rotated_norm(network: Swapped, entry: Entry) -> Undo:
     assert norm is not None  # noqa: S101 - `owner` says so
     owner._modules[key] = RotatedNorm.empty(norm, width, behind=behind)
     return partial(owner._modules.__setitem__, key, norm)
+
+
+COMPENSATION = "compensation"
+"""Name of the linear layer of a block that `compensate` gave one."""
+_HANDLE = "_compensation_handle"
+
+
+def compensate(block: nn.Module, linear: nn.Linear) -> None:
+    """Let a block return its output plus `linear` of its first input, both (*, d), until `uncompensate`."""
+    block.add_module(COMPENSATION, linear)
+    setattr(block, _HANDLE, block.register_forward_hook(_with_compensation))
+
+
+def uncompensate(block: nn.Module) -> None:
+    """Undo `compensate`."""
+    getattr(block, _HANDLE).remove()
+    delattr(block, _HANDLE)
+    delattr(block, COMPENSATION)
+
+
+def _with_compensation(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output + block.get_submodule(COMPENSATION)(inputs[0])  # type: ignore[no-any-return]
+
+
+@replayed(COMPENSATION)
+def _compensation(network: Swapped, entry: Entry) -> Undo:
+    owner, key = network.owner(str(entry.get("block")))
+    block, width = owner._modules[key], entry.get("width")
+    if block is None or type(width) is not int or not 0 < width < 2**16 or hasattr(block, COMPENSATION):
+        raise ModelError(f"the quantized model has a damaged structure entry {dict(entry)!r}; save it again")
+    like = next(block.parameters(), torch.zeros(()))
+    compensate(block, nn.Linear(width, width, device=like.device))
+    return partial(uncompensate, block)

@@ -16,6 +16,7 @@ from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer
 from lit_clipq.calibration.session import Session
 from lit_clipq.errors import CalibrationError, ModelError
 from lit_clipq.nn.modules import QLinear, QModule, QWeighted
+from lit_clipq.nn.structure import compensate, uncompensate
 from lit_clipq.nn.swap import QuantizationMap, swap, unswap
 from lit_clipq.stages.stage import Stage
 
@@ -36,6 +37,7 @@ class Draft:
         structure: What the network has besides, to be replayed when it is loaded; see `lit_clipq.nn.structure`.
         results: How the search of each layer went.
         reports: What each stage says of itself.
+        attached: Linear layers beside blocks, by the block's name.
         installed: Whether the network is the quantized one now.
         scaling: What scaled channels mean for each layer.
     """
@@ -49,6 +51,7 @@ class Draft:
     structure: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, LayerResult] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attached: dict[str, nn.Linear] = field(default_factory=dict)
     installed: bool = False
     scaling: dict[str, LayerScaling] = field(default_factory=dict)
     _unscale: Callable[[], None] | None = None
@@ -140,6 +143,24 @@ class Draft:
                 module.input_divisor = divisor.to(weight)
         self.modules[name] = module
 
+    def variant(self, plan: QuantizationMap) -> "Draft":
+        """Return a draft of other widths that shares the network, its scaled channels and float weights with this one.
+
+        It has no Q-modules yet, and is not to be installed.
+        """
+        return Draft(self.session, plan, self.stages, scalings=self.scalings, scaling=self.scaling)
+
+    def share_parameters(self, other: "Draft") -> None:
+        """Take over the weights and biases of another draft's layers, so that they are held once."""
+        for name, module in self.modules.items():
+            shared = other.modules[name]
+            if isinstance(module, QWeighted) and isinstance(shared, QWeighted):
+                module.weight, module.bias = shared.weight, shared.bias
+
+    def attach(self, block: str, linear: nn.Linear) -> None:
+        """Let a block return its output plus a linear layer of its input, wherever this draft is in place."""
+        self.attached[block] = linear
+
     # Its place in the network
 
     def install(self) -> None:
@@ -209,8 +230,12 @@ class Draft:
         self._unscale = scale_in_place(self._around, self.scalings)
         layers = [self.session.layer[name] for name in self.modules]
         swap(self.session.roots, layers, lambda layer: self.modules[layer.name])
+        for block, linear in self.attached.items():
+            compensate(self.session.modules[block], linear)
 
     def _displace(self) -> None:
+        for block in self.attached:
+            uncompensate(self.session.modules[block])
         unswap(self.session.roots, self.session.layers, self.modules)
         if self._unscale is not None:
             self._unscale()

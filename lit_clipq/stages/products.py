@@ -7,7 +7,7 @@ from lit_clipq.calibration.batches import hashed
 from lit_clipq.calibration.links import SeenLinks
 from lit_clipq.calibration.needs import Need
 from lit_clipq.calibration.scaling import multiplied
-from lit_clipq.functional.granularity import PerTensor, PerToken, extrema
+from lit_clipq.functional.granularity import PerTensor, at_run_time, extrema
 from lit_clipq.nn.layout import Layout
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.nn.quantizer import Quantizer, UniformQuantizer
@@ -102,7 +102,7 @@ def _rounded(quantizer: Quantizer, x: Tensor, low: Tensor | None = None, high: T
     """Round by a min-max grid; kinds of grids that min and max do not decide are stood for by an affine one."""
     if not isinstance(quantizer, UniformQuantizer):
         quantizer = UniformQuantizer(quantizer.bits, symmetric=False)
-    if isinstance(quantizer.granularity, PerToken):
+    if at_run_time(quantizer.granularity):
         return quantizer(x)
     if low is None or high is None or (low.dim() == 0 and not isinstance(quantizer.granularity, PerTensor)):
         low, high = extrema(x, quantizer.granularity)
