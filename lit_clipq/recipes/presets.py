@@ -8,6 +8,7 @@ from lit_clipq.stages.equalize import Equalize
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.llm_int8 import LLMInt8
 from lit_clipq.stages.ranges import Ranges
+from lit_clipq.stages.registers import Registers
 from lit_clipq.stages.repq import RepQ
 from lit_clipq.stages.rotate import Rotate
 from lit_clipq.stages.search import Search
@@ -70,6 +71,10 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         "smooth",
         (Smooth(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
     ),
+    "registers": lambda: Recipe(
+        "registers",
+        (Registers(), Equalize(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
+    ),
     "repq": lambda: Recipe(
         "repq",
         (RepQ(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
@@ -86,6 +91,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
 - `base_ptq`: the baseline of PTQ4ViT, scales of highest cosine similarity of each product, uniform grids only.
 - `ptq4clip`: twin grids and a Hessian-guided search for all products of both towers, channels equalised first.
 - `ptq4clip_paper`: the same on convolutions and MLPs only, channels as they are.
+- `registers`: as `ptq4clip`, with registers for the vision tower where they help.
 - `adalog`: as `ptq4clip`, with logarithmic grids of an adaptive base behind GELU, and after softmax where they serve.
 - `dynamic`: minimum and maximum of each token at run time, weights by minimum and maximum.
 - `llm_int8`: absolute maxima of rows and of output channels, outlier channels in float.
