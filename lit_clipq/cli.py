@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -57,7 +58,20 @@ class ClipQuantCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": own,
             "test": own,
+            "sweep": {"model", "datamodule"},
         }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "sweep":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = self.init_parser(**kwargs)
+        self._add_arguments(parser)
+        skip: set[str | int] = set(self.subcommands()[subcommand])
+        # The method has the name of its group of options, so that it cannot be a group itself.
+        added = parser.add_method_arguments(klass, subcommand, as_group=False, skip=skip)
+        self._subcommand_method_arguments[subcommand] = added
+        parser.set_defaults({"results": "results.jsonl"})
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--quantize.*`, `--results` and `--resume`."""
@@ -81,6 +95,7 @@ class ClipQuantCLI(LightningCLI):
         """Parse; a `--quantize.load` takes the place of the recipes and widths that configuration files name."""
         from callbacks.quantize import DECIDED_BY_ARTEFACT
 
+        self._args = [str(arg) for arg in args]
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -102,6 +117,8 @@ class ClipQuantCLI(LightningCLI):
         """Make the Trainer; what Lightning says about its options is this program's own kind of error."""
         if self.subcommand != "fit":
             kwargs["logger"] = False  # the record of an evaluation is its results file
+        if self.subcommand == "sweep":
+            kwargs["enable_progress_bar"] = False  # a sweep has one of its own
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -131,6 +148,15 @@ class ClipQuantCLI(LightningCLI):
     def after_test(self) -> None:
         """Print the comparison."""
         self._print_comparison()
+
+    def before_sweep(self) -> None:
+        """Tell the Trainer the command, for the records."""
+        cast(QuantTrainer, self.trainer).command = command_of(self._args)
+
+    def after_sweep(self) -> None:
+        """Say where the points are."""
+        trainer = cast(QuantTrainer, self.trainer)
+        console().print(f"written to {trainer.swept}", style="dim", highlight=False)
 
     def _print_comparison(self) -> None:
         trainer = cast(QuantTrainer, self.trainer)
@@ -181,6 +207,17 @@ def _run(args: list[str]) -> None:
     except DryRunComplete as done:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _print_plan(done.report)
+
+
+def command_of(args: Sequence[str]) -> str:
+    """Return the command line of a sweep without what does not decide its numbers: where they are measured and kept."""
+    kept, skip = [], False
+    for arg in args:
+        own = re.match(r"--(results|sweep\.(engine|address|workers|retries|shard|mix))(=|$)", arg)
+        if not skip and own is None:
+            kept.append(arg)
+        skip = own is not None and own.group(3) == ""
+    return shlex.join(["lightning", *kept])
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

@@ -13,20 +13,26 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from rich.console import Console
 from torch import distributed as dist
 
 from lit_clipq.analysis.caption_run import CaptionFiles, digest_of
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
+from lit_clipq.analysis.records import Identity, PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, require
+from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, TwoTowerTask, require
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.models.training_checkpoint import check_training_checkpoint
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe
+from lit_clipq.sweep import SweepOptions
+from lit_clipq.sweep.progress import SweepProgress
+from lit_clipq.sweep.runner import Bench, Runner
+from lit_clipq.sweep.session import identity_of, points_of, require_sweepable, results_file, shard_path
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
@@ -63,6 +69,11 @@ class QuantTrainer(Trainer):
         self.resume = resume
         self.float_cache = float_cache
         self.comparison: Comparison | None = None
+        self.command = ""
+        """The command line, where there is one; for the records of a sweep."""
+        self.swept: Path | None = None
+        """The file of the last sweep."""
+        self._work: Callable[[Callable[[], Any]], None] | None = None
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
@@ -138,6 +149,99 @@ class QuantTrainer(Trainer):
         _check_limit("limit_test_batches", self.limit_test_batches)
         return self._compare(super().test, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
+    def sweep(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        sweep: SweepOptions = SweepOptions(),  # noqa: B008 frozen
+    ) -> list[PointRecord]:
+        """Measure a grid of methods, widths and seeds, and append a line for each point to `results.jsonl`.
+
+        A point has the numbers of a `validate` of its options. Points that are in the file already are not measured
+        again; one that failed is told in its line and tried again by the next run.
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`.
+            ckpt_path: Checkpoint of the task to load first.
+            weights_only: Whether loading the checkpoint refuses pickled objects.
+            sweep: The grid, and where it is measured.
+
+        Returns:
+            The records of the grid, the float network's first.
+
+        Raises:
+            PointsFailedError: In the end, if any point failed.
+        """
+        _check_limit("limit_val_batches", self.limit_val_batches)
+        check_training_checkpoint(ckpt_path, weights_only)
+        callback = require_sweepable(self._quantizing(), self.world_size, resume=self.resume)
+        task = require(model, MeasuredTask)
+        quantizing = self._quantizing()
+        assert quantizing is not None  # noqa: S101 - checked above
+        quantizing.reset()
+        if ckpt_path is None:
+            task.prepare_weights()
+        quantizing.preflight(self, task, weights_are_final=ckpt_path is None)
+        parts = self._fingerprint(task, datamodule, ckpt_path)
+        if parts is None:
+            raise ConfigError("a sweep needs a data module that can tell its data apart; use one of `datamodules`")
+        identity = identity_of(parts, versions())
+        points = points_of(sweep, callback, task, self, identity)
+        self.swept = path = shard_path(Path(self.results), sweep)
+        console = Console()
+        with results_file(path, identity, points, mix=sweep.mix) as (file, missing):
+            progress = SweepProgress(len(missing), console, quiet=not self.is_global_zero)
+            with progress:
+
+                def work(evaluate: Callable[[], Any]) -> None:
+                    bench = self._bench(evaluate, quantizing, task, datamodule, parts, identity)
+                    Runner(bench, file.append, progress).run(missing, file.baseline)
+
+                if missing or file.baseline is None:
+                    self._work = work
+                    quantizing.swept = True
+                    try:
+                        super().validate(model, None, ckpt_path, False, datamodule, weights_only)
+                    finally:
+                        self._work = None
+                        quantizing.swept = False
+        baseline = file.baseline
+        found = file.records(point.id for point in points)
+        return found if baseline is None else [baseline, *found]
+
+    def _run_stage(self) -> Any:
+        """Run what Lightning would, or in a sweep the work that needs everything set up and may run it many times."""
+        if self._work is None:
+            return super()._run_stage()
+        self._work(super()._run_stage)
+        return None
+
+    def _bench(
+        self,
+        evaluate: Callable[[], Any],
+        callback: QuantizeCallback,
+        task: MeasuredTask,
+        datamodule: LightningDataModule | None,
+        parts: dict[str, object],
+        identity: Identity,
+    ) -> Bench:
+        def measure_float() -> Measurement:
+            return self._float_pass(evaluate, callback, task, datamodule, parts)
+
+        return Bench(
+            task=task,
+            data=datamodule,
+            identity=identity,
+            versions=versions() | {"device": _device_name(self.strategy.root_device)},
+            command=self.command,
+            evaluate=evaluate,
+            scoring=torch.inference_mode,
+            float_measurement=measure_float,
+        )
+
     def _compare(
         self,
         evaluate: Callable[..., Any],
@@ -194,7 +298,10 @@ class QuantTrainer(Trainer):
         datamodule: LightningDataModule | None,
         parts: dict[str, object] | None,
     ) -> Measurement:
-        cache = self._cache_file(parts)
+        referenced = isinstance(task, TwoTowerTask) and task.uses_reference
+        if isinstance(task, TwoTowerTask):
+            task.forget_reference()
+        cache = None if referenced else self._cache_file(parts)  # what towers make is not remembered
         if cache is not None and (found := self._remembered(cache)) is not None:
             log.info("float measurement read from %s", cache)
             return found
@@ -203,6 +310,8 @@ class QuantTrainer(Trainer):
             run()
         finally:
             callback.paused = False
+        if isinstance(task, TwoTowerTask):
+            task.keep_reference()
         measured = Measurement.of(task, datamodule)
         if cache is not None and self.is_global_zero:
             try:
@@ -317,6 +426,10 @@ def _differences(measured: Measurement, quantized: Measurement) -> dict[str, Int
             )
         )
     return intervals
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _check_writable(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -65,9 +66,11 @@ class TwoTowerClipTask(ClipTask):
             outputs: By tower and batch, of `kept_outputs`.
         """
         self.begin_evaluation()
+        # What is computed in a step is computed in the precision of steps; the metric's own work is not.
         for tower in TOWERS:
             for batch in outputs[tower]:
-                self.score_outputs(tower, batch)
+                with nullcontext() if self._trainer is None else self.trainer.precision_plugin.val_step_context():
+                    self.score_outputs(tower, batch)
         self.finish_evaluation()
 
     def keep_reference(self) -> None:
