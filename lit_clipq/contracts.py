@@ -359,6 +359,15 @@ class ClassData(Protocol):
 
 
 @runtime_checkable
+class TextData(Protocol):
+    """Pictures that may come with texts."""
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are any."""
+
+
+@runtime_checkable
 class FeatureData(Protocol):
     """Questions about pictures, whose features can be computed once and kept."""
 
