@@ -57,7 +57,8 @@ class SweepProgress:
         if not self.quiet and not self.console.is_terminal:
             left = self.seconds_left()
             told = f", {_in_words(left)} left" if left else ""
-            self.console.print(f"{self.done} of {self.total}: {describe(record)}{told}", highlight=False, markup=False)
+            line = f"{self.done} of {self.total}: {describe(record)}{told}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
         """Guess the time left from the points that are done and how far the others are."""

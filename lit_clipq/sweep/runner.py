@@ -36,11 +36,13 @@ class Point:
     group: int
     """Points of one group are calibrated together."""
     recipe: Recipe
-    """What is done."""
-    seed: int
-    """Of the choice of calibration samples."""
+    """What is done, as the options say it."""
+    prepared: Callable[[], Recipe] = field(repr=False, compare=False)
+    """Returns the recipe without what the task does not use; while the task is set up."""
     calibrate: Calibrate = field(repr=False, compare=False)
     """Calibrates for recipes of its group."""
+    seed: int = 0
+    """Of the choice of calibration samples."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Runner:
         active: list[Point] = []
         for point in points:
             try:
-                planned = plan(point.recipe)
+                planned = plan(point.prepared())
             except LitClipqError as error:
                 self._failed(point, error)
                 continue
@@ -128,7 +130,7 @@ class Runner:
     def _calibrated(self, points: Sequence[Point]) -> dict[str, Quantized]:
         """Calibrate for all points at once; where that fails each alone, to learn which one it is."""
         try:
-            made = points[0].calibrate([point.recipe for point in points], self._layers(len(points)))
+            made = points[0].calibrate([point.prepared() for point in points], self._layers(len(points)))
             return {point.id: form for point, form in zip(points, made, strict=True)}
         except Exception as error:
             _free_memory()

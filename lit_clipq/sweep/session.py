@@ -104,7 +104,8 @@ def points_of(
                 id=digest_of({"identity": asdict(identity), "method": name, "run": at.fingerprint()})[:16],
                 method=name,
                 group=numbers.setdefault(place.group, len(numbers)),
-                recipe=at.recipe_for(task),
+                recipe=at.recipe,
+                prepared=partial(at.recipe_for, task),
                 seed=at.seed,
                 calibrate=partial(_calibrate, at, trainer, task),
             )

@@ -59,10 +59,9 @@ def test_pictures_do_not_find_themselves():
         hits.append(best[0] == best[1])
     assert found["top1_i2i"] == pytest.approx(sum(hits) / 12)
     assert 0 < found["top1_i2i"] < 1
-    assert set(found) == {
-        "cosine_image",
-        *(f"{m}_i2i{s}" for m in ("top1", "top10", "rank_correlation") for s in ("", "_quantized_queries", "_quantized_index")),
-    }  # fmt: skip
+    suffixes = ("", "_quantized_queries", "_quantized_index")
+    names = {f"{metric}_i2i{s}" for metric in ("top1", "top10", "rank_correlation") for s in suffixes}
+    assert set(found) == {"cosine_image", *names}
 
 
 def test_a_quantized_side_of_its_own_is_each_sides_own():

@@ -73,10 +73,11 @@ def ranking_agreement(
     first, second = ((_unit(q), _unit(i)) for q, i in zip(queries, index, strict=True))
     found: dict[str, list[Tensor]] = {}
     for block in _blocks(len(queries[0]), count, block_bytes):
-        similarities = [_similarities(q[block], i, block.start if exclude_self else None) for q, i in (first, second)]
+        start = block.start if exclude_self else None
+        one, other = (_similarities(q[block], i, start) for q, i in (first, second))
         for k in ks:
-            found.setdefault(f"top{k}", []).append(_overlap(*similarities, min(k, count)))
-        found.setdefault("rank_correlation", []).append(_correlation(*(mean_ranks(s) for s in similarities)))
+            found.setdefault(f"top{k}", []).append(_overlap(one, other, min(k, count)))
+        found.setdefault("rank_correlation", []).append(_correlation(mean_ranks(one), mean_ranks(other)))
     return {name: torch.cat(values).cpu() for name, values in found.items()}
 
 
