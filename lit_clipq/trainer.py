@@ -5,8 +5,8 @@ import importlib.metadata
 import logging
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import distributed as dist
 from lit_clipq.analysis.caption_run import CaptionFiles, digest_of
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
-from lit_clipq.analysis.records import Identity, PointRecord
+from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
 from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, TwoTowerTask, require
@@ -29,9 +29,10 @@ from lit_clipq.models.training_checkpoint import check_training_checkpoint
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe
-from lit_clipq.sweep import SweepOptions
+from lit_clipq.sweep import ResultsFile, SweepOptions
 from lit_clipq.sweep.progress import SweepProgress
-from lit_clipq.sweep.runner import Bench, Runner
+from lit_clipq.sweep.ray_engine import RayEngine, Worker
+from lit_clipq.sweep.runner import Bench, Point, Records, Runner
 from lit_clipq.sweep.session import identity_of, points_of, require_sweepable, results_file, shard_path
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class QuantTrainer(Trainer):
         self.comparison: Comparison | None = None
         self.command = ""
         """The command line, where there is one; for the records of a sweep."""
+        self.sweep_worker: tuple[Worker, list[str]] | None = None
+        """What a Ray worker runs, with the command line that it reads; set by the command line."""
         self.swept: Path | None = None
         """The file of the last sweep."""
         self._work: Callable[[Callable[[], Any]], None] | None = None
@@ -175,12 +178,65 @@ class QuantTrainer(Trainer):
         Raises:
             PointsFailedError: In the end, if any point failed.
         """
+        run = self._sweep_run(model, datamodule, ckpt_path, weights_only, sweep)
+        self.swept = path = shard_path(Path(self.results), sweep)
+        with results_file(path, run.records.identity, run.points, mix=sweep.mix) as (file, missing):
+            progress = SweepProgress(len(missing), Console(), quiet=not self.is_global_zero)
+            if missing or file.baseline is None:
+                with progress:
+                    self._sweep(run, missing, file, progress, sweep)
+        baseline = file.baseline
+        found = file.records(point.id for point in run.points)
+        return found if baseline is None else [baseline, *found]
+
+    def measure_points(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | Path | None,
+        weights_only: bool | None,
+        sweep: SweepOptions,
+        points: Collection[str],
+        baseline: PointRecord | None,
+        keep: Callable[[PointRecord], None],
+    ) -> None:
+        """Measure some points of a sweep, or the float network alone, without a file: what a Ray worker does.
+
+        Args:
+            model: As for `sweep`.
+            datamodule: As for `sweep`.
+            ckpt_path: As for `sweep`.
+            weights_only: As for `sweep`.
+            sweep: The whole grid, or the part that the sweep is for.
+            points: Ids of the points to measure.
+            baseline: The record of the float network, where it is measured.
+            keep: Takes a record as soon as it is there.
+        """
+        run = self._sweep_run(model, datamodule, ckpt_path, weights_only, sweep)
+        wanted = [point for point in run.points if point.id in points]
+        if len(wanted) < len(points):
+            raise ConfigError(
+                "this worker has other code, model or data than the process that started the sweep; give all machines "
+                "the same"
+            )
+        with SweepProgress(len(wanted), Console(), quiet=True) as progress:
+            self._measure(run, wanted, baseline, keep, progress)
+
+    def _sweep_run(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | Path | None,
+        weights_only: bool | None,
+        sweep: SweepOptions,
+    ) -> "_SweepRun":
+        """Check everything that can be checked before a sweep, and list its points."""
         _check_limit("limit_val_batches", self.limit_val_batches)
         check_training_checkpoint(ckpt_path, weights_only)
-        callback = require_sweepable(self._quantizing(), self.world_size, resume=self.resume)
-        task = require(model, MeasuredTask)
         quantizing = self._quantizing()
+        callback = require_sweepable(quantizing, self.world_size, resume=self.resume)
         assert quantizing is not None  # noqa: S101 - checked above
+        task = require(model, MeasuredTask)
         quantizing.reset()
         if ckpt_path is None:
             task.prepare_weights()
@@ -189,28 +245,57 @@ class QuantTrainer(Trainer):
         if parts is None:
             raise ConfigError("a sweep needs a data module that can tell its data apart; use one of `datamodules`")
         identity = identity_of(parts, versions())
+        device = {"device": _device_name(self.strategy.root_device)}
+        records = Records(task, identity, versions() | device, self.command)
         points = points_of(sweep, callback, task, self, identity)
-        self.swept = path = shard_path(Path(self.results), sweep)
-        console = Console()
-        with results_file(path, identity, points, mix=sweep.mix) as (file, missing):
-            progress = SweepProgress(len(missing), console, quiet=not self.is_global_zero)
-            with progress:
+        return _SweepRun(model, task, datamodule, ckpt_path, weights_only, quantizing, parts, records, points)
 
-                def work(evaluate: Callable[[], Any]) -> None:
-                    bench = self._bench(evaluate, quantizing, task, datamodule, parts, identity)
-                    Runner(bench, file.append, progress).run(missing, file.baseline)
+    def _sweep(
+        self, run: "_SweepRun", missing: list[Point], file: ResultsFile, progress: SweepProgress, sweep: SweepOptions
+    ) -> None:
+        if sweep.engine == "local":
+            self._measure(run, missing, file.baseline, file.append, progress)
+            return
+        if self.sweep_worker is None:
+            raise ConfigError("--sweep.engine ray starts the command line anew on its workers; run `lightning sweep`")
 
-                if missing or file.baseline is None:
-                    self._work = work
-                    quantizing.swept = True
-                    try:
-                        super().validate(model, None, ckpt_path, False, datamodule, weights_only)
-                    finally:
-                        self._work = None
-                        quantizing.swept = False
-        baseline = file.baseline
-        found = file.records(point.id for point in points)
-        return found if baseline is None else [baseline, *found]
+        def keep(record: PointRecord) -> None:
+            file.append(record)
+            if record.kind == "point":
+                progress.point(record)
+
+        worker, args = self.sweep_worker
+        engine = RayEngine(sweep, worker, args)
+        engine.run(missing, file.baseline, keep, lambda point, error: keep(run.records.failed(point, error)))
+
+    def _measure(
+        self,
+        run: "_SweepRun",
+        points: list[Point],
+        baseline: PointRecord | None,
+        keep: Callable[[PointRecord], None],
+        progress: SweepProgress,
+    ) -> None:
+        """Let Lightning set everything up once, and measure in the place of its one evaluation."""
+
+        def work(evaluate: Callable[[], Any]) -> None:
+            bench = Bench(
+                task=run.task,
+                data=run.datamodule,
+                records=run.records,
+                evaluate=evaluate,
+                scoring=torch.inference_mode,
+                float_measurement=lambda: self._float_pass(
+                    evaluate, run.quantizing, run.task, run.datamodule, run.parts
+                ),
+            )
+            Runner(bench, keep, progress).run(points, baseline)
+
+        self._work, run.quantizing.swept = work, True
+        try:
+            super().validate(run.model, None, run.ckpt_path, False, run.datamodule, run.weights_only)
+        finally:
+            self._work, run.quantizing.swept = None, False
 
     def _run_stage(self) -> Any:
         """Run what Lightning would, or in a sweep the work that needs everything set up and may run it many times."""
@@ -218,29 +303,6 @@ class QuantTrainer(Trainer):
             return super()._run_stage()
         self._work(super()._run_stage)
         return None
-
-    def _bench(
-        self,
-        evaluate: Callable[[], Any],
-        callback: QuantizeCallback,
-        task: MeasuredTask,
-        datamodule: LightningDataModule | None,
-        parts: dict[str, object],
-        identity: Identity,
-    ) -> Bench:
-        def measure_float() -> Measurement:
-            return self._float_pass(evaluate, callback, task, datamodule, parts)
-
-        return Bench(
-            task=task,
-            data=datamodule,
-            identity=identity,
-            versions=versions() | {"device": _device_name(self.strategy.root_device)},
-            command=self.command,
-            evaluate=evaluate,
-            scoring=torch.inference_mode,
-            float_measurement=measure_float,
-        )
 
     def _compare(
         self,
@@ -405,6 +467,21 @@ class QuantTrainer(Trainer):
             stages=report.stages if report else {},
             quantize_options=recipe.to_json() if recipe else {},
         )
+
+
+@dataclass(frozen=True)
+class _SweepRun:
+    """What one sweep is about."""
+
+    model: LightningModule
+    task: MeasuredTask
+    datamodule: LightningDataModule | None
+    ckpt_path: str | Path | None
+    weights_only: bool | None
+    quantizing: QuantizeCallback
+    parts: dict[str, object]
+    records: Records
+    points: list[Point]
 
 
 def versions() -> dict[str, str]:

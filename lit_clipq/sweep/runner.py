@@ -46,6 +46,89 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Records:
+    """Makes the records of a run."""
+
+    task: MeasuredTask
+    """What is measured."""
+    identity: Identity
+    """What all records share."""
+    versions: dict[str, str]
+    """Of packages, and the device."""
+    command: str
+    """The command line."""
+
+    def measured(
+        self, point: Point, measured: Measurement, baseline: PointRecord, report: QuantizationReport
+    ) -> PointRecord:
+        """Return the record of a point that was measured."""
+        record = replace(
+            self._empty(point),
+            calibration_samples=report.samples,
+            metrics=measured.metrics,
+            scores=_scores(measured.scores),
+            samples=measured.samples,
+            float_bytes=baseline.float_bytes,
+            quantized_bytes=measured.bytes,
+            float_macs_share=report.map.float_share,
+            sqnr_db={name: layer.sqnr_db for name, layer in report.layers.items()},
+        )
+        return replace(record, differences=compare(baseline, record))
+
+    def as_float(self, point: Point, baseline: PointRecord) -> PointRecord:
+        """Return the record of a point that quantizes nothing: it is the float network."""
+        same = replace(
+            self._empty(point),
+            metrics=baseline.metrics,
+            scores=baseline.scores,
+            samples=baseline.samples,
+            float_bytes=baseline.float_bytes,
+            quantized_bytes=baseline.float_bytes,
+        )
+        return replace(same, differences=compare(baseline, same))
+
+    def float(self, measured: Measurement) -> PointRecord:
+        """Return the record of the float network."""
+        widths = BitWidths.resolve({"bits": FLOAT_BITS})
+        return replace(
+            self._blank(f"float-{digest_of(asdict(self.identity))[:16]}", widths),
+            kind="float",
+            metrics=measured.metrics,
+            scores=_scores(measured.scores),
+            samples=measured.samples,
+            float_bytes=measured.bytes,
+            quantized_bytes=measured.bytes,
+        )
+
+    def _empty(self, point: Point) -> PointRecord:
+        blank = self._blank(point.id, point.recipe.bits)
+        return replace(blank, method=point.method, seed=point.seed, quantize=point.recipe.to_json())
+
+    def _blank(self, name: str, widths: BitWidths) -> PointRecord:
+        task = self.task
+        return PointRecord(
+            id=name,
+            kind="point",
+            identity=self.identity,
+            task=type(task).__name__,
+            model=task.model_name,
+            pretrained=task.pretrained,
+            method=None,
+            widths=widths.by_tower(),
+            widths_in_words=widths.in_words(),
+            seed=0,
+            calibration_samples=0,
+            quantize={},
+            versions=self.versions,
+            command=self.command,
+        )
+
+    def failed(self, point: Point, error: Exception) -> PointRecord:
+        """Return the record of a point that failed."""
+        return replace(self._empty(point), error=_told(error))
+
+
+@dataclass(frozen=True)
 class Bench:
     """What measures the networks of a run, as they are when it is asked to."""
 
@@ -53,12 +136,8 @@ class Bench:
     """Holds the networks."""
     data: object
     """What they are evaluated on."""
-    identity: Identity
-    """What all records share."""
-    versions: dict[str, str]
-    """For the records."""
-    command: str
-    """For the records."""
+    records: Records
+    """Makes the records."""
     evaluate: Callable[[], None]
     """Runs the task over the evaluation set."""
     scoring: Callable[[], AbstractContextManager]
@@ -77,7 +156,7 @@ class Runner:
     """
 
     def __init__(self, bench: Bench, keep: Callable[[PointRecord], None], progress: SweepProgress) -> None:
-        self.bench, self.progress = bench, progress
+        self.bench, self.progress, self.records = bench, progress, bench.records
         self._keep = keep
         self._memory = TowerMemory()
         self._float_towers: set[tuple[str, str]] = set()
@@ -94,7 +173,7 @@ class Runner:
             self.progress.measuring("float")
             measured = self.bench.float_measurement()
             if baseline is None:
-                baseline = self._float_record(measured)
+                baseline = self.records.float(measured)
                 self._keep(baseline)
         for _, members in groupby(points, key=lambda point: point.group):
             self._group(list(members), baseline)
@@ -113,7 +192,7 @@ class Runner:
             if planned.quantized:
                 active.append(point)
             else:
-                self._done(self._as_float(point, baseline))
+                self._done(self.records.as_float(point, baseline))
         forms = self._calibrated(active) if active else {}
         hashes = self._run_towers(forms) if isinstance(self.bench.task, TwoTowerTask) else {}
         for point in active:
@@ -185,77 +264,12 @@ class Runner:
             else:
                 self.bench.evaluate()
             measured = Measurement.of(task, self.bench.data)
-        return self._record(point, measured, baseline, report)
-
-    # Records
-
-    def _record(
-        self, point: Point, measured: Measurement, baseline: PointRecord, report: QuantizationReport
-    ) -> PointRecord:
-        record = replace(
-            self._empty(point),
-            calibration_samples=report.samples,
-            metrics=measured.metrics,
-            scores=_scores(measured.scores),
-            samples=measured.samples,
-            float_bytes=baseline.float_bytes,
-            quantized_bytes=measured.bytes,
-            float_macs_share=report.map.float_share,
-            sqnr_db={name: layer.sqnr_db for name, layer in report.layers.items()},
-        )
-        return replace(record, differences=compare(baseline, record))
-
-    def _as_float(self, point: Point, baseline: PointRecord) -> PointRecord:
-        """Return the record of a point that quantizes nothing: it is the float network."""
-        same = replace(
-            self._empty(point),
-            metrics=baseline.metrics,
-            scores=baseline.scores,
-            samples=baseline.samples,
-            float_bytes=baseline.float_bytes,
-            quantized_bytes=baseline.float_bytes,
-        )
-        return replace(same, differences=compare(baseline, same))
-
-    def _float_record(self, measured: Measurement) -> PointRecord:
-        widths = BitWidths.resolve({"bits": FLOAT_BITS})
-        return replace(
-            self._blank(f"float-{digest_of(asdict(self.bench.identity))[:16]}", widths),
-            kind="float",
-            metrics=measured.metrics,
-            scores=_scores(measured.scores),
-            samples=measured.samples,
-            float_bytes=measured.bytes,
-            quantized_bytes=measured.bytes,
-        )
-
-    def _empty(self, point: Point) -> PointRecord:
-        blank = self._blank(point.id, point.recipe.bits)
-        return replace(blank, method=point.method, seed=point.seed, quantize=point.recipe.to_json())
-
-    def _blank(self, name: str, widths: BitWidths) -> PointRecord:
-        task = self.bench.task
-        return PointRecord(
-            id=name,
-            kind="point",
-            identity=self.bench.identity,
-            task=type(task).__name__,
-            model=task.model_name,
-            pretrained=task.pretrained,
-            method=None,
-            widths=widths.by_tower(),
-            widths_in_words=widths.in_words(),
-            seed=0,
-            calibration_samples=0,
-            quantize={},
-            versions=self.bench.versions,
-            command=self.bench.command,
-        )
+        return self.records.measured(point, measured, baseline, report)
 
     def _failed(self, point: Point, error: Exception) -> None:
         log.debug("point %s failed", point.id, exc_info=error)
         _free_memory()
-        self._done(replace(self._empty(point), error=_told(error)))
+        self._done(self.records.failed(point, error))
 
     def _done(self, record: PointRecord) -> None:
         self._keep(record)

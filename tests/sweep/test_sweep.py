@@ -230,7 +230,7 @@ from lit_clipq import cli
 from lit_clipq.sweep import file, runner
 stage, args = sys.argv[1], sys.argv[2:]
 def kill(*_): os.kill(os.getpid(), signal.SIGKILL)
-if stage == "float": runner.Runner._float_record = kill
+if stage == "float": runner.Records.float = kill
 if stage == "calibration": runner.Runner._run_towers = kill
 if stage == "towers": runner.Runner._measured = kill
 if stage == "torn line":
