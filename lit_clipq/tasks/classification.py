@@ -8,20 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clipq.contracts import ClassData, require
+from lit_clipq.contracts import ClassData, TowerOutputs, require
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
 from lit_clipq.models.preprocessing import count_cut_texts
-from lit_clipq.tasks.task import ClipTask, datamodule_of
+from lit_clipq.tasks.task import datamodule_of
+from lit_clipq.tasks.towers import TwoTowerClipTask
 
 logger = logging.getLogger(__name__)
 
 Templates = Literal["openai", "simple"] | list[str]
 
 
-class ZeroShotClassification(ClipTask):
+class ZeroShotClassification(TwoTowerClipTask):
     """Top-k accuracy of the classes whose texts are nearest to the picture.
 
     Before each evaluation the current text tower encodes every prompt; a class is the mean of its prompts' normalised
@@ -62,25 +63,37 @@ class ZeroShotClassification(ClipTask):
         self._class_row = torch.empty(0, dtype=torch.int64)  # (classes,): its row of _classes
         self._cut: dict[str, int] = {}
 
-    def prepare_evaluation(self) -> None:
+    def shared_outputs(self) -> Sequence[TowerOutputs]:
         """Build the classifier with the text tower as it is now."""
         classifier = self.build_classifier(self._class_names())
         # Classes with the same embedding get their logits from the same column, so that they tie exactly.
         distinct = distinct_rows(classifier)
-        self._classes, self._class_row = classifier[distinct.first], distinct.group
+        return [{"classes": classifier[distinct.first], "class_row": distinct.group}]
 
     def sample_counts(self) -> dict[str, int]:
         """Number of pictures in the last evaluation, and of prompts that the text tower cuts where there are any."""
         return {**super().sample_counts(), **self._cut}
 
-    def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
-        """Classify one batch."""
-        self.metric.update(self.logits(batch["images"]), batch["labels"], batch["image_ids"])
+    def tower_outputs(self, tower: str, batch: Mapping[str, Tensor]) -> TowerOutputs | None:
+        """Embed the pictures of one batch; the texts were embedded before all batches."""
+        if tower == "text":
+            return None
+        return {"embeddings": self.embed_images(batch["images"]), "labels": batch["labels"], "ids": batch["image_ids"]}
+
+    def score_outputs(self, tower: str, outputs: TowerOutputs) -> None:
+        """Take the classifier, or classify the pictures of one batch."""
+        if tower == "text":
+            self._classes, self._class_row = outputs["classes"], outputs["class_row"]
+        else:
+            self.metric.update(self._logits(outputs["embeddings"]), outputs["labels"], outputs["ids"])
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits float32 (B, classes) of images (B, 3, H, W)."""
+        return self._logits(self.embed_images(images))
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
         scale = self.clip.get_parameter("logit_scale").float().exp()
-        return (scale * self.embed_images(images) @ self._classes.T)[:, self._class_row]
+        return (scale * embeddings @ self._classes.T)[:, self._class_row]
 
     @torch.no_grad()
     def build_classifier(self, class_names: Sequence[str]) -> Tensor:
