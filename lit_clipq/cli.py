@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import reduce
@@ -145,9 +146,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 after an error that is told in one line, 130 if interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _quieten()
+    given = list(sys.argv[1:] if args is None else args)
     try:
         _check_neighbours()
-        _run(resolve_configs(list(sys.argv[1:] if args is None else args)))
+        if given[:1] == ["report"]:
+            _report(given[1:])
+        else:
+            _run(resolve_configs(given))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return 130
@@ -181,6 +186,32 @@ def _run(args: list[str]) -> None:
     except DryRunComplete as done:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _print_plan(done.report)
+
+
+def _report(args: Sequence[str]) -> None:
+    """Write the report of results that are there."""
+    from lit_clipq.report import write_report
+
+    parser = Words(prog="lit-clipq report", description="One page, figures and tables from the results of any runs.")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="results.json, results.jsonl, analysis.json, or folders"
+    )
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="where the files go; default: report")
+    options = parser.parse_args(args)
+    report = write_report(options.paths, options.out)
+    for problem in report.problems:
+        console().print(f"left out: {problem}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    console().print(
+        f"{report.points} networks, {len(report.files)} files; open {report.page}", highlight=False, markup=False
+    )
+
+
+class Words(ArgumentParser):
+    """A parser of words that needs no configuration; what it refuses is this program's own kind of error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a `ConfigError`."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

@@ -4,6 +4,8 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -20,7 +22,7 @@ from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, require
+from lit_clipq.contracts import IdentifiedData, MeasuredTask, Observing, Quantizing, require
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.models.training_checkpoint import check_training_checkpoint
@@ -186,6 +188,10 @@ class QuantTrainer(Trainer):
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, Quantizing)), None)
 
+    def _observing(self) -> list[Observing]:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, Observing)]
+
     def _float_pass(
         self,
         run: Callable[[], object],
@@ -242,6 +248,8 @@ class QuantTrainer(Trainer):
         apart = self.world_size > 1 and (environment is None or environment.creates_processes_externally)
         grouped = dist.is_available() and dist.is_initialized()
         decided = not self.is_global_zero and _FLOAT_LOOP in os.environ
+        if self._observing():
+            return None
         if not self.float_cache or self.num_nodes > 1 or (apart and not grouped and not decided) or parts is None:
             return None
         return cache_dir() / "float" / f"{digest_of(parts)[:32]}.json"
@@ -295,7 +303,14 @@ class QuantTrainer(Trainer):
             layers={name: asdict(layer) for name, layer in report.layers.items()} if report else {},
             stages=report.stages if report else {},
             quantize_options=recipe.to_json() if recipe else {},
+            observed={o.section: dict(told) for o in self._observing() if (told := o.seen()) is not None},
+            command=_command(),
         )
+
+
+def _command() -> str:
+    """Return the command line of this process, the program by its name alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clipq.contracts import ClassData, require
+from lit_clipq.contracts import ClassData, EmbeddedSamples, EmbeddingTask, require
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
+from lit_clipq.metrics.embedded import KeptImages
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
 from lit_clipq.models.preprocessing import count_cut_texts
@@ -58,12 +59,15 @@ class ZeroShotClassification(ClipTask):
         self.templates = prompt_templates(templates)
         self.text_batch_size = text_batch_size
         self.metric = TopKAccuracy(ks=ks)
+        self.keep_embeddings = False
+        self._kept = KeptImages()
         self._classes = torch.empty(0, 0)  # (distinct classes, D)
         self._class_row = torch.empty(0, dtype=torch.int64)  # (classes,): its row of _classes
         self._cut: dict[str, int] = {}
 
     def prepare_evaluation(self) -> None:
         """Build the classifier with the text tower as it is now."""
+        self._kept.reset()
         classifier = self.build_classifier(self._class_names())
         # Classes with the same embedding get their logits from the same column, so that they tie exactly.
         distinct = distinct_rows(classifier)
@@ -75,12 +79,28 @@ class ZeroShotClassification(ClipTask):
 
     def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
         """Classify one batch."""
-        self.metric.update(self.logits(batch["images"]), batch["labels"], batch["image_ids"])
+        embedded = self.embed_images(batch["images"])
+        if self.keep_embeddings:
+            self._kept.update(embedded, batch["labels"], batch["image_ids"])
+        self.metric.update(self._logits_of(embedded), batch["labels"], batch["image_ids"])
+
+    def embeddings(self) -> EmbeddedSamples:
+        """Embeddings of the pictures and the classes of the evaluation at hand, of all ranks; a collective call.
+
+        Raises:
+            RuntimeError: If `keep_embeddings` was not set before the evaluation.
+        """
+        if not self.keep_embeddings:
+            raise RuntimeError("expected kept embeddings, got none; set `keep_embeddings` before the evaluation")
+        return self._kept.with_classes(self._classes[self._class_row])
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits float32 (B, classes) of images (B, 3, H, W)."""
+        return self._logits_of(self.embed_images(images))
+
+    def _logits_of(self, embedded: Tensor) -> Tensor:
         scale = self.clip.get_parameter("logit_scale").float().exp()
-        return (scale * self.embed_images(images) @ self._classes.T)[:, self._class_row]
+        return (scale * embedded @ self._classes.T)[:, self._class_row]
 
     @torch.no_grad()
     def build_classifier(self, class_names: Sequence[str]) -> Tensor:
@@ -119,6 +139,13 @@ class ZeroShotClassification(ClipTask):
                 "use a classification datamodule, and call its setup()"
             )
         return list(data.class_names)
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: ZeroShotClassification) -> EmbeddingTask:
+        """Let the type checker hold the class against its contract."""
+        return task
 
 
 def prompt_templates(templates: Templates) -> list[str]:

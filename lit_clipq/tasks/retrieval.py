@@ -1,10 +1,11 @@
 """Image-text retrieval in both directions."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from lit_clipq.contracts import EmbeddedSamples, EmbeddingTask
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import RetrievalRecall
 from lit_clipq.models import encode_image, encode_text
@@ -42,7 +43,14 @@ class Retrieval(ClipTask):
         self.save_hyperparameters(logger=False)
         if not ks or min(ks) < 1:
             raise ConfigError(f"expected `ks` of at least 1, got {list(ks)}; for example [1, 5, 10].")
+        self.keep_embeddings = False  # they are kept anyway
         self.metric = RetrievalRecall(ks=ks, any_identical=any_identical)
+
+    def embeddings(self) -> EmbeddedSamples:
+        """Embeddings of the evaluation at hand, of all ranks, before its metric is computed; a collective call."""
+        metric = cast(RetrievalRecall, self.metric)
+        with metric.sync_context():
+            return metric.embedded()
 
     def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
         """Embed the images or the texts of one batch."""
@@ -51,3 +59,10 @@ class Retrieval(ClipTask):
         if "texts" in batch:
             texts = encode_text(self.clip, batch["texts"])
             self.metric.update(texts=texts, text_ids=batch["text_ids"], pairs=batch["pairs"])
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: Retrieval) -> EmbeddingTask:
+        """Let the type checker hold the class against its contract."""
+        return task
