@@ -9,9 +9,9 @@ sentence what it lacks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from lit_clipq.errors import CalibrationError, ConfigError, DataError, LitClipqE
 if TYPE_CHECKING:
     from PIL import Image
 
+TowerOutputs = Mapping[str, Tensor]
+"""What a tower made of one batch, and what scoring needs of the batch beside it (ids, labels), by name."""
 CalibrationBatch = tuple[Tensor | None, Tensor | None]
 """Pictures float (B, 3, H, W) and tokens int64 (B, L); either may be absent."""
 Split = Literal["train", "val"]
@@ -311,6 +313,30 @@ class EmbeddingTask(Protocol):
 
 
 @runtime_checkable
+class TwoTowerTask(Protocol):
+    """A task whose towers, `vision` and `text`, do not meet before what each has made is scored."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether scores compare with what the float towers made."""
+
+    def run_towers(self, towers: Collection[str]) -> None:
+        """Let the next evaluation run these towers only, keep what they make, and score nothing."""
+
+    def kept_outputs(self) -> Mapping[str, list[TowerOutputs]]:
+        """Return what the towers made in the last evaluation, by tower and batch; of this process."""
+
+    def score_towers(self, outputs: Mapping[str, Sequence[TowerOutputs]]) -> None:
+        """Score as an evaluation whose towers made this would."""
+
+    def keep_reference(self) -> None:
+        """Compare what is scored from now on with what the towers made in the last evaluation."""
+
+    def forget_reference(self) -> None:
+        """Compare no more; an evaluation of the float network comes next."""
+
+
+@runtime_checkable
 class CaptioningTask(Protocol):
     """A task that writes captions while it evaluates."""
 
@@ -444,7 +470,7 @@ class Observing(Protocol):
     The float evaluation then runs, also where its measurement is remembered.
     """
 
-    section: str
+    section: ClassVar[str]
     """Under which name the results hold what it saw."""
 
     def seen(self) -> Mapping[str, Any] | None:

@@ -86,7 +86,7 @@ def draw(
 def _style() -> Iterator[None]:
     import matplotlib as mpl
 
-    options = {
+    options: dict[Any, Any] = {
         "svg.fonttype": "none", "svg.hashsalt": "lit_clipq", "text.parse_math": False, "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5, "axes.labelsize": 9.5, "legend.fontsize": 9.0,
         "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED,

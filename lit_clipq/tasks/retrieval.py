@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from lit_clipq.contracts import EmbeddedSamples, EmbeddingTask
+from lit_clipq.contracts import EmbeddedSamples, EmbeddingTask, TowerOutputs
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import RetrievalRecall
 from lit_clipq.models import encode_image, encode_text
-from lit_clipq.tasks.task import ClipTask
+from lit_clipq.tasks.towers import TwoTowerClipTask
 
 
-class Retrieval(ClipTask):
+class Retrieval(TwoTowerClipTask):
     """Recall@k of image to text and text to image by cosine similarity.
 
     One loader yields `{"images": (B, 3, H, W), "image_ids": int64 (B,)}`, another the distinct captions,
@@ -52,13 +52,18 @@ class Retrieval(ClipTask):
         with metric.sync_context():
             return metric.embedded()
 
-    def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
+    def tower_outputs(self, tower: str, batch: Mapping[str, Tensor]) -> TowerOutputs | None:
         """Embed the images or the texts of one batch."""
-        if "images" in batch:
-            self.metric.update(images=encode_image(self.clip, batch["images"]), image_ids=batch["image_ids"])
-        if "texts" in batch:
+        if tower == "vision" and "images" in batch:
+            return {"images": encode_image(self.clip, batch["images"]), "image_ids": batch["image_ids"]}
+        if tower == "text" and "texts" in batch:
             texts = encode_text(self.clip, batch["texts"])
-            self.metric.update(texts=texts, text_ids=batch["text_ids"], pairs=batch["pairs"])
+            return {"texts": texts, "text_ids": batch["text_ids"], "pairs": batch["pairs"]}
+        return None
+
+    def score_outputs(self, tower: str, outputs: TowerOutputs) -> None:  # noqa: ARG002 - the metric takes either
+        """Give the metric the embeddings of one batch."""
+        self.metric.update(**outputs)
 
 
 if TYPE_CHECKING:
