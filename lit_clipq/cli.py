@@ -24,6 +24,7 @@ from lit_clipq.analysis.comparison import comparison_table, map_table
 from lit_clipq.api import QuantizationReport
 from lit_clipq.contracts import TrainingData
 from lit_clipq.errors import ConfigError, LitClipqError
+from lit_clipq.sensitivity import analysis_table
 from lit_clipq.trainer import QuantTrainer, spawning_refused
 
 SPAWNING = re.compile(r"spawn|fork|notebook")
@@ -58,6 +59,7 @@ class ClipQuantCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": own,
             "test": own,
+            "analyze": own,
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -89,9 +91,12 @@ class ClipQuantCLI(LightningCLI):
         strategy = self.config[self.config.subcommand].trainer.get("strategy")
         if isinstance(strategy, str) and SPAWNING.search(strategy):
             raise ConfigError(spawning_refused(strategy))  # before model and data are made
+        given = {str(arg).partition("=")[0] for arg in args}
+        if self.config.subcommand == "analyze" and "--results" not in given:
+            chosen = self.config[self.config.subcommand]  # an analysis does not take the place of a result
+            chosen.results = chosen.trainer.results = "analysis.json"
         options = self.config[self.config.subcommand].get("quantize")
         if options is not None and options.load is not None:
-            given = {str(arg).partition("=")[0] for arg in args}
             for name in DECIDED_BY_ARTEFACT:
                 if f"--quantize.{name}" not in given:
                     options[name] = None
@@ -132,6 +137,18 @@ class ClipQuantCLI(LightningCLI):
     def after_test(self) -> None:
         """Print the comparison."""
         self._print_comparison()
+
+    def after_analyze(self) -> None:
+        """Print the most sensitive layers, the farthest outliers, and what to paste."""
+        trainer = cast(QuantTrainer, self.trainer)
+        if trainer.is_global_zero and trainer.analysis is not None:
+            console().print(analysis_table(trainer.analysis.rows, trainer.analysis.ranges))
+            share = 100 * trainer.analysis.share
+            note = f"The fewest layers, and the fewest operands, that make {share:.0f} % of a tower's predicted error:"
+            console().print(note, highlight=False)
+            console().print(trainer.analysis.patterns.as_yaml(), highlight=False, markup=False, soft_wrap=True)
+            told = f"written to {trainer.results}; a picture over depth: lit-clipq report {trainer.results}"
+            console().print(told, style="dim", highlight=False, soft_wrap=True)
 
     def _print_comparison(self) -> None:
         trainer = cast(QuantTrainer, self.trainer)

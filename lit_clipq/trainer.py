@@ -29,6 +29,8 @@ from lit_clipq.models.training_checkpoint import check_training_checkpoint
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe
+from lit_clipq.sensitivity import Analysis
+from lit_clipq.trainer_analysis import run_analysis
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
@@ -65,6 +67,7 @@ class QuantTrainer(Trainer):
         self.resume = resume
         self.float_cache = float_cache
         self.comparison: Comparison | None = None
+        self.analysis: Analysis | None = None
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
@@ -139,6 +142,51 @@ class QuantTrainer(Trainer):
         """
         _check_limit("limit_test_batches", self.limit_test_batches)
         return self._compare(super().test, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def analyze(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        measure: int = 16,
+        left_float: int = 4,
+        blocks: bool = True,
+        metric: int = 0,
+        share: float = 0.5,
+    ) -> Analysis:
+        """Say what quantizing each layer, block, tower and operand costs, and write `analysis.json` (`--results`).
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`; only its calibration data is looked at, but for `metric`.
+            ckpt_path: Checkpoint of the task to load first.
+            measure: For how many layers, and as many operands, the error of the embedding is measured beside the
+                prediction that all have; -1 for all.
+            left_float: For how many layers the tower is also measured with all quantized but this one; -1 for all.
+            blocks: Whether every block and tower is measured.
+            metric: For how many layers the task is evaluated with this layer alone quantized.
+            share: What share of the predicted error the patterns for `quantize.exclude` and `quantize.widths` remove.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            ConfigError: Where nothing is quantized, or by a method whose errors cannot be predicted.
+        """
+        task, callback = require(model, MeasuredTask), self._quantizing()
+        recipe = callback.recipe if callback is not None and callback.active else None
+        if callback is None or recipe is None:
+            raise ConfigError("the analysis needs a method and less than 32 bits; give --quantize.recipe")
+        if self.is_global_zero:
+            _check_writable(Path(self.results))
+        self.analysis = run_analysis(
+            self, task, datamodule, callback, ckpt_path,
+            measure=measure, left_float=left_float, blocks=blocks, metric=metric, share=share,
+        )  # fmt: skip
+        origin = {"task": type(task).__name__, "model": task.model_name, "pretrained": task.pretrained}
+        content = {**origin, **self.analysis.to_json(), "quantize": recipe.to_json()}
+        write_json(Path(self.results), {**content, "versions": versions(), "command": _command()})
+        return self.analysis
 
     def _compare(
         self,
