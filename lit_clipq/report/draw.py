@@ -240,9 +240,7 @@ def size_figure(name: str, metric: str, rows: Sequence[Sized], methods: Sequence
                 color=INK if method == "float" else COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
             )  # fmt: skip
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(_ticks([row.megabytes for row in rows]))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
-        axes.minorticks_off()
+        _log_ticks(axes.xaxis, [row.megabytes for row in rows])
         axes.set_xlabel("stored size (MB, logarithmic)")
         axes.set_ylabel(f"{metric} (%)")
         axes.set_ylim(bottom=0)
@@ -254,17 +252,19 @@ def size_figure(name: str, metric: str, rows: Sequence[Sized], methods: Sequence
     return draw(name, f"{metric} against size", caption, paint, (_NARROW, _HEIGHT + 0.2), metric)
 
 
-def _ticks(values: Sequence[float]) -> Any:
-    """Return a locator of about five round numbers on a logarithmic axis, also within one decade."""
+def _log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Mark about five round numbers on a logarithmic axis, also within one decade."""
     import math
 
-    from matplotlib.ticker import FixedLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
-    low, high = min(values), max(values)
-    steps = (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    low, high = (min(values), max(values)) if values else (1.0, 10.0)
+    steps = (1,) if high / low > 1000 else (1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     marks = [step * 10.0**power for power in range(first, last) for step in steps]
-    return FixedLocator([mark for mark in marks if low / 1.5 <= mark <= high * 1.5])
+    axis.set_major_locator(FixedLocator([mark for mark in marks if low / 1.5 <= mark <= high * 1.5]))
+    axis.set_major_formatter(lambda x, _: f"{x:.3g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def sqnr_figure(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> Figure:
@@ -279,7 +279,12 @@ def sqnr_figure(name: str, rows: Sequence[tuple[str, Sequence[tuple[str, float]]
             )  # fmt: skip
         names = [layer for layer, _ in rows[0][1]]
         _block_ticks(axes, names)
-        axes.set_xlabel("layer, in order of the network")
+        towers = [("image tower", [i for i, n in enumerate(names) if ".visual." in n or n.startswith("vision.")])]
+        towers += [("text tower", [i for i, n in enumerate(names) if n.startswith("clip.") and ".visual." not in n])]
+        for tower, places in towers:
+            if places:
+                axes.text(places[0], 1.0, tower, transform=axes.get_xaxis_transform(), va="bottom", color=MUTED)
+        axes.set_xlabel("block, in order of the network")
         axes.set_ylabel("SQNR of its output (dB)")
         _legend(figure, axes)
 
@@ -302,11 +307,14 @@ def depth_figure(name: str, finding: Finding) -> Figure:
                         x, [100 * v**0.5 for v in y], label=label, color=COLOURS[i % len(COLOURS)], linewidth=0,
                         marker=MARKERS[i % len(MARKERS)], markersize=4,
                     )  # fmt: skip
-            names = list(dict.fromkeys(str(r["layer"]) for r in finding.rows if r["tower"] == tower))
+            own = [r for r in finding.rows if r["tower"] == tower and r["scope"] == "operand"]
+            names = list(dict.fromkeys(str(r["layer"]) for r in own))
             _block_ticks(axes, names)
             axes.set_yscale("log")
             axes.set_title(f"{tower} tower", fontsize=9)
             axes.set_xlabel("block")
+        shown = [100 * v**0.5 for operands in towers.values() for rows in operands.values() for _, v in rows if v > 0]
+        _log_ticks(figure.axes[0].yaxis, shown)
         figure.axes[0].set_ylabel("error of the embedding (%)")
         handles = {label: h for axes in figure.axes for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)

@@ -12,7 +12,7 @@ from lit_clipq.analysis.counts import describe_counts
 from lit_clipq.errors import DataError
 from lit_clipq.report.draw import DARK, Figure
 from lit_clipq.report.points import Finding, Point
-from lit_clipq.report.tables import heading, rows_of
+from lit_clipq.report.tables import cosine_rows, heading, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ h2{font-size:1.2rem;margin:2.2rem 0 .3rem;border-top:1px solid var(--line);paddi
 h3{font-size:1rem;margin:1.4rem 0 .3rem}p{margin:.3rem 0;color:var(--muted)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th{font-weight:600;background:var(--raised)}th:first-child,td:first-child,td.text{text-align:left}
+th{font-weight:600;background:var(--raised)}th:first-child,td:first-child,.text{text-align:left}
 td.text{white-space:normal;min-width:11rem;vertical-align:top}td.wrong{background:var(--mark)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%%),1fr));gap:1rem 1.6rem}
 .figures{align-items:start}
@@ -116,7 +116,14 @@ def _section(points: Sequence[Point], figures: Sequence[Figure]) -> list[str]:
         *_figures(figures),
         *table,
         *([f"<p>{note}</p>"] if quantized else []),
+        *_cosines(points),
     ]
+
+
+def _cosines(points: Sequence[Point]) -> list[str]:
+    """Return what moved between the cosines of float and quantized networks."""
+    heads, rows = cosine_rows(points)
+    return ["<h3>Cosine of picture and text, quantized against float</h3>", *_table(heads, rows)] if rows else []
 
 
 def _figures(figures: Sequence[Figure]) -> list[str]:
@@ -126,13 +133,15 @@ def _figures(figures: Sequence[Figure]) -> list[str]:
     for number, figure in enumerate(figures):
         if figure.metric != metric:
             metric = figure.metric
-            shown.append(f'</div><h3>{_e(metric or "Behind the metrics")}</h3><div class="figures">')
+            shown.append(
+                f'{"</div>" if shown else ""}<h3>{_e(metric or "Behind the metrics")}</h3><div class="figures">'
+            )
         css = ' class="wide"' if figure.wide else ""
         svg = _own_ids(figure.svg, f"{figure.name}-{number}-")
         shown.append(
             f"<figure{css}>{svg}<figcaption><b>{_e(figure.title)}.</b> {_e(figure.caption)}</figcaption></figure>"
         )
-    return ['<div class="figures">', *shown, "</div>"]
+    return [*([] if figures[0].metric else ['<div class="figures">']), *shown, "</div>"]
 
 
 def _own_ids(svg: str, prefix: str) -> str:
@@ -145,7 +154,8 @@ def _own_ids(svg: str, prefix: str) -> str:
 
 
 def _sensitive(finding: Finding, most: int = 12) -> list[str]:
-    worst = sorted(finding.rows, key=lambda row: -float(row["predicted"]))[:most]
+    operands = [row for row in finding.rows if row["scope"] == "operand"]
+    worst = sorted(operands, key=lambda row: -float(row["predicted"]))[:most]
     rows = []
     for row in worst:
         true = row.get("embedding")
@@ -157,7 +167,8 @@ def _sensitive(finding: Finding, most: int = 12) -> list[str]:
                 "" if true is None else f"{100 * float(true) ** 0.5:.3g}",
             ]
         )
-    return _table(["most sensitive", "operand", "predicted error (%)", "measured error (%)"], rows)
+    table = _table(["most sensitive", "operand", "predicted error (%)", "measured error (%)"], rows)
+    return [*table, *([f"<p>To paste:</p><pre>{_e(finding.patterns)}</pre>"] if finding.patterns else [])]
 
 
 def _mistakes(label: str, told: Mapping[str, Any]) -> list[str]:
@@ -173,8 +184,9 @@ def _mistakes(label: str, told: Mapping[str, Any]) -> list[str]:
     return [
         f"<h2>{_e(f'Right in float, wrong quantized · {label}')}</h2>",
         f"<p>{_e(counts)}, of {_e(told.get('pictures', ''))}; those that lose the most.</p>",
-        '<div class="scroll"><table><thead><tr><th>picture</th><th>a text of its own</th><th>float</th>'
-        f"<th>quantized</th></tr></thead><tbody>{''.join(body)}</tbody></table></div>",
+        '<div class="scroll"><table><thead><tr><th>picture</th><th class="text">a text of its own</th>'
+        '<th class="text">float</th><th class="text">quantized</th></tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>",
     ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +94,8 @@ class Finding:
     """One for each layer and operand, in order of the network."""
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    patterns: str = ""
+    """What to leave float, or make wider, as flags."""
 
 
 @dataclass
@@ -218,10 +221,21 @@ def _read_whole(file: Path, found: Read) -> None:
 def _finding(r: Mapping[str, Any], source: str) -> Finding:
     rows = [dict(row) for row in r["sensitivity"]]
     for row in rows:
-        _ = str(row["layer"]), str(row["tower"]), str(row["operand"]), float(row["predicted"])
+        _ = str(row["scope"]), str(row["layer"]), str(row["tower"]), str(row["operand"]), float(row["predicted"])
     versions = {str(k): str(v) for k, v in r.get("versions", {}).items()}
+    told = r.get("patterns") or {}
+    flags = [
+        f"--quantize.{name} {shlex.quote(json.dumps(told[name]))}" for name in ("exclude", "widths") if told.get(name)
+    ]
     return Finding(
-        source, str(r["model"]), str(r["recipe"]), str(r.get("widths", "")), rows, str(r.get("command", "")), versions
+        source=source,
+        model=str(r["model"]),
+        method=str(r["recipe"]),
+        widths=str(r.get("widths", "")),
+        rows=rows,
+        command=str(r.get("command", "")),
+        versions=versions,
+        patterns="\nor\n".join(flags),
     )
 
 

@@ -229,6 +229,8 @@ def depth(finding: Finding) -> dict[str, dict[str, list[tuple[int, float]]]]:
     order: dict[str, dict[str, int]] = {}
     told: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in finding.rows:
+        if row["scope"] != "operand":
+            continue
         tower = str(row["tower"])
         places = order.setdefault(tower, {})
         place = places.setdefault(str(row["layer"]), len(places))

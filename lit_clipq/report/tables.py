@@ -83,6 +83,21 @@ def rows_of(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     return heads, sorted(rows, key=lambda row: row[0] != "float")
 
 
+def cosine_rows(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows of what moved between the cosines of float and quantized networks."""
+    heads = ["method", "pairs", "number", "mean float", "mean quantized", "shift", "Wasserstein", "rank correlation"]
+    rows = []
+    for point in points:
+        for kind in ("matched", "unmatched"):
+            told = point.cosine.get(kind, {})
+            if "quantized" in told:
+                numbers = [told["float"]["mean"], told["quantized"]["mean"], told["mean_shift"], told["wasserstein"]]
+                shown = [f"{number:+.4f}" if i == 2 else f"{number:.4f}" for i, number in enumerate(numbers)]
+                rank = told["rank_correlation"]
+                rows.append([point.label, kind, f"{told['pairs']:,}", *shown, "" if rank is None else f"{rank:.4f}"])
+    return heads, rows
+
+
 def _cell(point: Point, metric: str) -> str:
     if metric not in point.metrics:
         return ""
@@ -109,6 +124,10 @@ def markdown(points: Sequence[Point], problems: Sequence[str], figures: Sequence
         lines += ["| " + " | ".join(map(_plain, heads)) + " |", "|" + "---|" * len(heads)]
         lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
         lines.append("")
+        heads, rows = cosine_rows(members)
+        if rows:
+            lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+            lines += [*("| " + " | ".join(map(_plain, row)) + " |" for row in rows), ""]
     lines += [f"![{_plain(title)}]({file})" for title, file in figures]
     if problems:
         lines += ["", "## Left out", "", *(f"- {_plain(problem)}" for problem in problems)]
