@@ -93,6 +93,17 @@ class Quantized:
     def __init__(self, draft: Draft | None, report: QuantizationReport) -> None:
         self._draft, self.report = draft, report
 
+    @property
+    def draft(self) -> Draft:
+        """The finished draft that it is made of.
+
+        Raises:
+            ConfigError: If nothing was to be quantized.
+        """
+        if self._draft is None:
+            raise ConfigError("nothing was quantized: all widths are 32 bits; give less")
+        return self._draft
+
     def install(self) -> None:
         """Make the network the quantized one; another form of the same network must not be in place."""
         if self._draft is not None:

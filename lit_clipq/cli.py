@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import warnings
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import reduce
@@ -27,6 +28,7 @@ from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.contracts import TrainingData
 from lit_clipq.errors import ConfigError, LitClipqError
+from lit_clipq.sensitivity import analysis_table
 from lit_clipq.trainer import QuantTrainer, spawning_refused
 
 SPAWNING = re.compile(r"spawn|fork|notebook")
@@ -62,6 +64,7 @@ class ClipQuantCLI(LightningCLI):
             "validate": own,
             "test": own,
             "sweep": {"model", "datamodule"},
+            "analyze": own,
         }
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -106,9 +109,12 @@ class ClipQuantCLI(LightningCLI):
         strategy = self.config[self.config.subcommand].trainer.get("strategy")
         if isinstance(strategy, str) and SPAWNING.search(strategy):
             raise ConfigError(spawning_refused(strategy))  # before model and data are made
+        given = {str(arg).partition("=")[0] for arg in args}
+        if self.config.subcommand == "analyze" and "--results" not in given:
+            chosen = self.config[self.config.subcommand]  # an analysis does not take the place of a result
+            chosen.results = chosen.trainer.results = "analysis.json"
         options = self.config[self.config.subcommand].get("quantize")
         if options is not None and options.load is not None:
-            given = {str(arg).partition("=")[0] for arg in args}
             for name in DECIDED_BY_ARTEFACT:
                 if f"--quantize.{name}" not in given:
                     options[name] = None
@@ -163,6 +169,18 @@ class ClipQuantCLI(LightningCLI):
         trainer = cast(QuantTrainer, self.trainer)
         console().print(f"written to {trainer.swept}", style="dim", highlight=False)
 
+    def after_analyze(self) -> None:
+        """Print the most sensitive layers, the farthest outliers, and what to paste."""
+        trainer = cast(QuantTrainer, self.trainer)
+        if trainer.is_global_zero and trainer.analysis is not None:
+            console().print(analysis_table(trainer.analysis.rows, trainer.analysis.ranges))
+            share = 100 * trainer.analysis.share
+            note = f"The fewest layers, and the fewest operands, that make {share:.0f} % of a tower's predicted error:"
+            console().print(note, highlight=False)
+            console().print(trainer.analysis.patterns.as_yaml(), highlight=False, markup=False, soft_wrap=True)
+            told = f"written to {trainer.results}; a picture over depth: lit-clipq report {trainer.results}"
+            console().print(told, style="dim", highlight=False, soft_wrap=True)
+
     def _print_comparison(self) -> None:
         trainer = cast(QuantTrainer, self.trainer)
         if trainer.is_global_zero and trainer.comparison is not None:
@@ -179,9 +197,13 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 after an error that is told in one line, 130 if interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _quieten()
+    given = list(sys.argv[1:] if args is None else args)
     try:
         _check_neighbours()
-        _run(resolve_configs(list(sys.argv[1:] if args is None else args)))
+        if given[:1] == ["report"]:
+            _report(given[1:])
+        else:
+            _run(resolve_configs(given))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return 130
@@ -279,6 +301,32 @@ def measure_points(args: list[str], points: list[str], baseline: str | None, fol
         if isinstance(line, BaseException):
             raise line
         yield line
+
+
+def _report(args: Sequence[str]) -> None:
+    """Write the report of results that are there."""
+    from lit_clipq.report import write_report
+
+    parser = Words(prog="lit-clipq report", description="One page, figures and tables from the results of any runs.")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="results.json, results.jsonl, analysis.json, or folders"
+    )
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="where the files go; default: report")
+    options = parser.parse_args(args)
+    report = write_report(options.paths, options.out)
+    for problem in report.problems:
+        console().print(f"left out: {problem}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    console().print(
+        f"{report.points} networks, {len(report.files)} files; open {report.page}", highlight=False, markup=False
+    )
+
+
+class Words(ArgumentParser):
+    """A parser of words that needs no configuration; what it refuses is this program's own kind of error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a `ConfigError`."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,30 @@ Collator = Callable[[Sequence[AskedQuestion]], Mapping[str, object]]
 """Makes a batch of questions."""
 
 
+class EmbeddedSamples(Protocol):
+    """The embeddings of an evaluation: pictures, texts, and which belong together."""
+
+    @property
+    def images(self) -> Tensor:
+        """float32 (n, d)."""
+
+    @property
+    def image_ids(self) -> Tensor:
+        """int64 (n,), ascending."""
+
+    @property
+    def texts(self) -> Tensor:
+        """float32 (m, d)."""
+
+    @property
+    def text_ids(self) -> Tensor:
+        """int64 (m,), ascending."""
+
+    @property
+    def pairs(self) -> Tensor:
+        """int64 (p, 2), rows (position in `texts`, position in `images`)."""
+
+
 class Stateful(Protocol):
     """A network, as far as its state goes."""
 
@@ -279,6 +303,17 @@ class MeasuredTask(QuantizableTask, Protocol):
 
 
 @runtime_checkable
+class EmbeddingTask(Protocol):
+    """A task that compares pictures with texts by their embeddings."""
+
+    keep_embeddings: bool
+    """Whether the coming evaluations keep what `embeddings` returns; set by whoever asks for them."""
+
+    def embeddings(self) -> EmbeddedSamples:
+        """Return those of the evaluation at hand, of all ranks, before its metric is computed; a collective call."""
+
+
+@runtime_checkable
 class TwoTowerTask(Protocol):
     """A task whose towers, `vision` and `text`, do not meet before what each has made is scored."""
 
@@ -330,6 +365,17 @@ class CountedData(Protocol):
 
     def sample_counts(self) -> Mapping[str, int]:
         """Return what is evaluated, and what was left out, by kind."""
+
+
+@runtime_checkable
+class NamedSamples(Protocol):
+    """Data whose pictures and texts can be shown."""
+
+    def picture_file(self, image_id: int) -> Path:
+        """Return the file of an evaluated picture."""
+
+    def text_of(self, text_id: int) -> str:
+        """Return an evaluated text, a caption or the name of a class."""
 
 
 @runtime_checkable
@@ -425,6 +471,20 @@ class RunningTrainer(Protocol):
     @property
     def is_global_zero(self) -> bool:
         """Whether this is the process that writes files."""
+
+
+@runtime_checkable
+class Observing(Protocol):
+    """A callback that looks at the float and the quantized evaluation, and adds to the results.
+
+    The float evaluation then runs, also where its measurement is remembered.
+    """
+
+    section: ClassVar[str]
+    """Under which name the results hold what it saw."""
+
+    def seen(self) -> Mapping[str, Any] | None:
+        """Return what it saw of the last float and quantized evaluation, as plain values; None if nothing."""
 
 
 @runtime_checkable

@@ -4,6 +4,8 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -22,18 +24,20 @@ from lit_clipq.analysis.measurement import Measurement
 from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, TwoTowerTask, require
+from lit_clipq.contracts import IdentifiedData, MeasuredTask, Observing, Quantizing, TwoTowerTask, require
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.models.training_checkpoint import check_training_checkpoint
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe
+from lit_clipq.sensitivity import Analysis
 from lit_clipq.sweep import ResultsFile, SweepOptions
 from lit_clipq.sweep.progress import SweepProgress
 from lit_clipq.sweep.ray_engine import RayEngine, Worker
 from lit_clipq.sweep.runner import Bench, Point, Records, Runner
 from lit_clipq.sweep.session import identity_of, points_of, require_sweepable, results_file, shard_path
+from lit_clipq.trainer_analysis import run_analysis
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
@@ -77,6 +81,7 @@ class QuantTrainer(Trainer):
         self.swept: Path | None = None
         """The file of the last sweep."""
         self._work: Callable[[Callable[[], Any]], None] | None = None
+        self.analysis: Analysis | None = None
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
@@ -304,6 +309,51 @@ class QuantTrainer(Trainer):
         self._work(super()._run_stage)
         return None
 
+    def analyze(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        measure: int = 16,
+        left_float: int = 4,
+        blocks: bool = True,
+        metric: int = 0,
+        share: float = 0.5,
+    ) -> Analysis:
+        """Say what quantizing each layer, block, tower and operand costs, and write `analysis.json` (`--results`).
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`; only its calibration data is looked at, but for `metric`.
+            ckpt_path: Checkpoint of the task to load first.
+            measure: For how many layers, and as many operands, the error of the embedding is measured beside the
+                prediction that all have; -1 for all.
+            left_float: For how many layers the tower is also measured with all quantized but this one; -1 for all.
+            blocks: Whether every block and tower is measured.
+            metric: For how many layers the task is evaluated with this layer alone quantized.
+            share: What share of the predicted error the patterns for `quantize.exclude` and `quantize.widths` remove.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            ConfigError: Where nothing is quantized, or by a method whose errors cannot be predicted.
+        """
+        task, callback = require(model, MeasuredTask), self._quantizing()
+        recipe = callback.recipe if callback is not None and callback.active else None
+        if callback is None or recipe is None:
+            raise ConfigError("the analysis needs a method and less than 32 bits; give --quantize.recipe")
+        if self.is_global_zero:
+            _check_writable(Path(self.results))
+        self.analysis = run_analysis(
+            self, task, datamodule, callback, ckpt_path,
+            measure=measure, left_float=left_float, blocks=blocks, metric=metric, share=share,
+        )  # fmt: skip
+        origin = {"task": type(task).__name__, "model": task.model_name, "pretrained": task.pretrained}
+        content = {**origin, **self.analysis.to_json(), "quantize": recipe.to_json()}
+        write_json(Path(self.results), {**content, "versions": versions(), "command": _command()})
+        return self.analysis
+
     def _compare(
         self,
         evaluate: Callable[..., Any],
@@ -351,6 +401,10 @@ class QuantTrainer(Trainer):
     def _quantizing(self) -> QuantizeCallback | None:
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, Quantizing)), None)
+
+    def _observing(self) -> list[Observing]:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, Observing)]
 
     def _float_pass(
         self,
@@ -413,6 +467,8 @@ class QuantTrainer(Trainer):
         apart = self.world_size > 1 and (environment is None or environment.creates_processes_externally)
         grouped = dist.is_available() and dist.is_initialized()
         decided = not self.is_global_zero and _FLOAT_LOOP in os.environ
+        if self._observing():
+            return None
         if not self.float_cache or self.num_nodes > 1 or (apart and not grouped and not decided) or parts is None:
             return None
         return cache_dir() / "float" / f"{digest_of(parts)[:32]}.json"
@@ -466,6 +522,8 @@ class QuantTrainer(Trainer):
             layers={name: asdict(layer) for name, layer in report.layers.items()} if report else {},
             stages=report.stages if report else {},
             quantize_options=recipe.to_json() if recipe else {},
+            observed={o.section: dict(told) for o in self._observing() if (told := o.seen()) is not None},
+            command=_command(),
         )
 
 
@@ -482,6 +540,11 @@ class _SweepRun:
     parts: dict[str, object]
     records: Records
     points: list[Point]
+
+
+def _command() -> str:
+    """Return the command line of this process, the program by its name alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -2,15 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clipq.contracts import ClassData, TowerOutputs, require
+from lit_clipq.contracts import ClassData, EmbeddedSamples, EmbeddingTask, TowerOutputs, require
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
+from lit_clipq.metrics.embedded import KeptImages
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
 from lit_clipq.models.preprocessing import count_cut_texts
@@ -59,6 +60,8 @@ class ZeroShotClassification(TwoTowerClipTask):
         self.templates = prompt_templates(templates)
         self.text_batch_size = text_batch_size
         self.metric = TopKAccuracy(ks=ks)
+        self.keep_embeddings = False
+        self._images = KeptImages()
         self._classes = torch.empty(0, 0)  # (distinct classes, D)
         self._class_row = torch.empty(0, dtype=torch.int64)  # (classes,): its row of _classes
         self._cut: dict[str, int] = {}
@@ -69,6 +72,11 @@ class ZeroShotClassification(TwoTowerClipTask):
         # Classes with the same embedding get their logits from the same column, so that they tie exactly.
         distinct = distinct_rows(classifier)
         return [{"classes": classifier[distinct.first], "class_row": distinct.group}]
+
+    def begin_evaluation(self) -> None:
+        """Forget the last evaluation."""
+        super().begin_evaluation()
+        self._images.reset()
 
     def sample_counts(self) -> dict[str, int]:
         """Number of pictures in the last evaluation, and of prompts that the text tower cuts where there are any."""
@@ -85,7 +93,19 @@ class ZeroShotClassification(TwoTowerClipTask):
         if tower == "text":
             self._classes, self._class_row = outputs["classes"], outputs["class_row"]
         else:
+            if self.keep_embeddings:
+                self._images.update(outputs["embeddings"], outputs["labels"], outputs["ids"])
             self.metric.update(self._logits(outputs["embeddings"]), outputs["labels"], outputs["ids"])
+
+    def embeddings(self) -> EmbeddedSamples:
+        """Embeddings of the pictures and the classes of the evaluation at hand, of all ranks; a collective call.
+
+        Raises:
+            RuntimeError: If `keep_embeddings` was not set before the evaluation.
+        """
+        if not self.keep_embeddings:
+            raise RuntimeError("expected kept embeddings, got none; set `keep_embeddings` before the evaluation")
+        return self._images.with_classes(self._classes[self._class_row])
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits float32 (B, classes) of images (B, 3, H, W)."""
@@ -132,6 +152,13 @@ class ZeroShotClassification(TwoTowerClipTask):
                 "use a classification datamodule, and call its setup()"
             )
         return list(data.class_names)
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: ZeroShotClassification) -> EmbeddingTask:
+        """Let the type checker hold the class against its contract."""
+        return task
 
 
 def prompt_templates(templates: Templates) -> list[str]:

@@ -3,11 +3,11 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from lit_clipq.contracts import TowerOutputs
+from lit_clipq.contracts import EmbeddedSamples, EmbeddingTask, TowerOutputs
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import Evaluation, RetrievalRecall
 from lit_clipq.metrics.functional import exact_mean
@@ -50,8 +50,15 @@ class Retrieval(TwoTowerClipTask):
         self.save_hyperparameters(logger=False)
         if not ks or min(ks) < 1:
             raise ConfigError(f"expected `ks` of at least 1, got {list(ks)}; for example [1, 5, 10].")
+        self.keep_embeddings = False  # they are kept anyway
         self.metric = RetrievalRecall(ks=ks, any_identical=any_identical)
         self.uses_reference = asymmetric
+
+    def embeddings(self) -> EmbeddedSamples:
+        """Embeddings of the evaluation at hand, of all ranks, before its metric is computed; a collective call."""
+        metric = cast(RetrievalRecall, self.metric)
+        with metric.sync_context():
+            return metric.embedded()
 
     def tower_outputs(self, tower: str, batch: Mapping[str, Tensor]) -> TowerOutputs | None:
         """Embed the images or the texts of one batch."""
@@ -90,3 +97,10 @@ class Retrieval(TwoTowerClipTask):
             for outputs in both[tower]:
                 metric.update(**outputs)
         return metric.evaluation()
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: Retrieval) -> EmbeddingTask:
+        """Let the type checker hold the class against its contract."""
+        return task
