@@ -133,7 +133,7 @@ class GroupCandidates(UniformCandidates):
             after.chosen[:] = index[:, None]
         else:
             after.chosen[:, self.group] = index
-        after.steps = _GROUP_STEPS
+        after.offered = _GROUP_STEPS
         after.group, after.start = place, after.chosen[:, place].clone()
         return after
 

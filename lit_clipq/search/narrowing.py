@@ -88,10 +88,10 @@ class Problem:
             family, changed = self.candidates.get(name), False
             while family is not None and (family := family.then(self.chosen[name])) is not None:
                 self.candidates[name], self.chosen[name] = family, family.start
-                if family.steps is None or every:
+                if family.offered is None or every:
                     self.screen(name, (0, family.count - 1), rough, fine)
                 else:
-                    offers = torch.stack([family.start + step for step in family.steps]).clamp(0, family.count - 1)
+                    offers = torch.stack([family.start + step for step in family.offered]).clamp(0, family.count - 1)
                     self.chosen[name] = best_first(offers, self.losses_of(name, offers, fine))[0]
                 changed = True
             if changed and name == self.second and self.first in self.searched:
