@@ -91,13 +91,13 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
 - `base_ptq`: the baseline of PTQ4ViT, scales of highest cosine similarity of each product, uniform grids only.
 - `ptq4clip`: twin grids and a Hessian-guided search for all products of both towers, channels equalised first.
 - `ptq4clip_paper`: the same on convolutions and MLPs only, channels as they are.
-- `registers`: as `ptq4clip`, with registers for the vision tower where they help.
 - `adalog`: as `ptq4clip`, with logarithmic grids of an adaptive base behind GELU, and after softmax where they serve.
 - `dynamic`: minimum and maximum of each token at run time, weights by minimum and maximum.
 - `llm_int8`: absolute maxima of rows and of output channels, outlier channels in float.
 - `zeroquant`: weights in groups, inputs token by token.
 - `mixed_size`: `ptq4clip`, and bits layer by layer, in all as many of weights as the widths given take.
 - `mixed_bops`: the same with as many bit operations.
+- `registers`: as `ptq4clip`, with registers for the vision tower where they help.
 - `repq`: as `ptq4clip`, with RepQ's folding of a grid for each channel in the place of powers of two.
 - `rotate`: as `ptq4clip`, with rotations of residual streams and heads in the place of powers of two.
 - `smooth`: as `ptq4clip`, with SmoothQuant's factors in the place of powers of two.
