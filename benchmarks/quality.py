@@ -146,7 +146,7 @@ def table(runs: Sequence[Run], folder: Path, jobs: int) -> Iterator[str]:
 def main(args: Sequence[str] | None = None) -> None:
     """Parse the command line, run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--tasks", nargs="+", default=list(METRICS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--widths", nargs="+", default=list(WIDTHS))

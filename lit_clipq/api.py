@@ -93,6 +93,17 @@ class Quantized:
     def __init__(self, draft: Draft | None, report: QuantizationReport) -> None:
         self._draft, self.report = draft, report
 
+    @property
+    def draft(self) -> Draft:
+        """The finished draft that it is made of.
+
+        Raises:
+            ConfigError: If nothing was to be quantized.
+        """
+        if self._draft is None:
+            raise ConfigError("nothing was quantized: all widths are 32 bits; give less")
+        return self._draft
+
     def install(self) -> None:
         """Make the network the quantized one; another form of the same network must not be in place."""
         if self._draft is not None:
@@ -247,15 +258,29 @@ def preview(model: nn.Module | Mapping[str, nn.Module], recipe: Recipe) -> Quant
     Raises:
         ConfigError: For a pattern that matches nothing, or a layer that a stage cannot serve.
     """
+    return planner(model)(recipe)
+
+
+def planner(model: nn.Module | Mapping[str, nn.Module]) -> Callable[[Recipe], QuantizationMap]:
+    """Return what does the same as `preview` for any number of recipes, from one look at the model.
+
+    Args:
+        model: As for `quantize`.
+    """
     roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
     with torch.inference_mode(False):
         shells = {name: copy.deepcopy(root).to("meta").eval() for name, root in roots.items()}
         for shell in shells.values():
             make_explicit(shell)
-        planned = recipe.plan(find_layers(shells))
+        layers = find_layers(shells)
+
+    def planned(recipe: Recipe) -> QuantizationMap:
+        plan = recipe.plan(layers)
         for stage in recipe.stages:
-            stage.check_networks(planned, shells)
-        return planned
+            stage.check_networks(plan, shells)
+        return plan
+
+    return planned
 
 
 @dataclass

@@ -50,6 +50,10 @@ class Comparison:
     """Per layer: objective before and after the search, SQNR in dB, clipped share, seconds."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What each stage of the recipe says of itself."""
+    observed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What callbacks saw, by their section: `cosine`, `mistakes`."""
+    command: str = ""
+    """Command line of the run."""
 
     @property
     def float_macs_share(self) -> float:
@@ -80,6 +84,8 @@ class Comparison:
             "map": self.map.to_json(),
             "versions": self.versions,
             "seed": self.seed,
+            "command": self.command,
+            **self.observed,
         }
 
 

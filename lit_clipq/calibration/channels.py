@@ -156,6 +156,8 @@ def _values(modules: Mapping[str, nn.Module], linear: Mapping[nn.Module, str]) -
     for name, module in modules.items():
         if not isinstance(module, ExplicitAttention) or module.hands_on_values:
             continue
+        if module.av.prefix_size:
+            continue  # the values of registers are constants, which nobody scales
         if isinstance(module.out_proj, nn.Linear):
             maker = next(module._modules[part] for part in ("qkv_proj", "kv_proj", "v_proj") if part in module._modules)
             if maker in linear and module.out_proj in linear and isinstance(maker, nn.Linear):

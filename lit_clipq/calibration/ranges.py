@@ -43,7 +43,7 @@ class RangeObserver(Observer):
     def _watch(self, name: str, watched: Watched) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             mask = self.rows.mask(text=watched.text, averages=watched.averages)
-            if mask is not None:
+            if mask is not None or watched.layout.constants:
                 inputs = watched.layout.operands(inputs, mask)
             for (place, operand), granularity in self.operands[name].items():
                 if not at_run_time(granularity):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clipq.nn.matmul import MatMul
+from lit_clipq.nn.prefix import Prefixed
 from lit_clipq.nn.quantizer import Quantizer, UniformQuantizer
 from lit_clipq.nn.state import LateBuffers
 
@@ -221,8 +222,8 @@ class QConv2d(QWeighted):
         return nn.Conv2d._conv_forward(cast(nn.Conv2d, self), inputs[0], weight, self.bias)
 
 
-class QMatMul(QModule):
-    """Quantized `a @ b` of two activations, batched over the leading axes."""
+class QMatMul(QModule, Prefixed):
+    """Quantized `a @ b` of two activations, batched over the leading axes; what a prefix adds is float."""
 
     id = "matmul"
 
@@ -230,7 +231,15 @@ class QMatMul(QModule):
 
     def __init__(self, original: MatMul, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None) -> None:
         super().__init__((a_quantizer, b_quantizer))
+        self.register_buffer("prefix_keys", original.prefix_keys)
+        self.register_buffer("prefix_values", original.prefix_values)
         self.training = original.training
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Compute the product of the inputs, rounded first in `Phase.QUANTIZED`."""
+        if self.prefix_size == 0:
+            return super().forward(*inputs)
+        return self.with_prefix(inputs[0], inputs[1], super().forward)
 
     def product(self, *inputs: Tensor) -> Tensor:
         """Return `a @ b`."""

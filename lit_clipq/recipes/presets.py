@@ -8,6 +8,7 @@ from lit_clipq.stages.equalize import Equalize
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.llm_int8 import LLMInt8
 from lit_clipq.stages.ranges import Ranges
+from lit_clipq.stages.registers import Registers
 from lit_clipq.stages.repq import RepQ
 from lit_clipq.stages.rotate import Rotate
 from lit_clipq.stages.search import Search
@@ -70,6 +71,10 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         "smooth",
         (Smooth(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
     ),
+    "registers": lambda: Recipe(
+        "registers",
+        (Registers(), Equalize(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
+    ),
     "repq": lambda: Recipe(
         "repq",
         (RepQ(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
@@ -92,6 +97,7 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
 - `zeroquant`: weights in groups, inputs token by token.
 - `mixed_size`: `ptq4clip`, and bits layer by layer, in all as many of weights as the widths given take.
 - `mixed_bops`: the same with as many bit operations.
+- `registers`: as `ptq4clip`, with registers for the vision tower where they help.
 - `repq`: as `ptq4clip`, with RepQ's folding of a grid for each channel in the place of powers of two.
 - `rotate`: as `ptq4clip`, with rotations of residual streams and heads in the place of powers of two.
 - `smooth`: as `ptq4clip`, with SmoothQuant's factors in the place of powers of two.

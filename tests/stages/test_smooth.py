@@ -70,7 +70,7 @@ def test_links_are_those_of_the_tower():
     links = {f"{block}.ln_1", f"{block}.ln_2", f"{block}.attn.qkv_proj", "clip.visual.proj", "clip.text_projection"}
     assert links <= set(told(form.report))
     assert "clip.visual.ln_pre" not in told(form.report)
-    form, _ = prepared(resnet[0], [resnet[1]], ["smooth"])
+    form, _ = prepared(resnet[0], [resnet[1]], [{"smooth": {"convolutions": 1.0}}])
     # the stem's three, and the two within a bottleneck: what follows the addition is read by the next addition, too
     stem = {f"clip.visual.conv{i}" for i in (1, 2, 3)}
     inner = {"clip.visual.layer1.0.conv1", "clip.visual.layer1.0.conv2"}
@@ -116,7 +116,10 @@ def test_channels_that_something_else_reads_stay_and_the_report_says_so():
     assert found["net.0.after"] == {"alpha": None, "reason": "something else reads these channels"}
 
 
-@pytest.mark.parametrize(("options", "said"), [({"alpha": 1.5}, "alpha of smooth"), ({"steps": 0}, "steps of smooth")])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"alpha": 1.5}, "alpha of smooth"), ({"steps": 0}, "steps of smooth"), ({"convolutions": -1}, "convolutions of")],
+)
 def test_options_out_of_range_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
         compose([{"smooth": options}, "grids", "search"])
