@@ -20,12 +20,14 @@ class Candidates(ABC):
         count: Number of candidates.
         channels: Number of scales that are searched apart.
         start: Index of the min-max grid (the nearest candidate), int64 (channels,).
+        steps: From the start, the candidates that are compared of a family that comes after another; `None` is all.
     """
 
     quantizer: Quantizer
     count: int
     channels: int = 1
     start: Tensor
+    steps: tuple[int, ...] | None = None
 
     @abstractmethod
     def apply(self, x: Tensor, index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ _ZERO_SHARE = 8  # of the codes of a grid: how far its zero point may move to ei
 _ZERO_POINTS = 8  # to either side, at most
 _PHASES = 8  # of a logarithmic grid's scale in an octave
 _OCTAVES = (-16, 5)  # of its scale, in phases
+_GROUP_STEPS = (0, -2, 2, -4, 4, -7, 7)  # from a row's own factor: what a group of it is offered
 _NEAR_BASES = 8  # to either side that are compared again once the scale is chosen
 
 
@@ -132,6 +133,7 @@ class GroupCandidates(UniformCandidates):
             after.chosen[:] = index[:, None]
         else:
             after.chosen[:, self.group] = index
+        after.steps = _GROUP_STEPS
         after.group, after.start = place, after.chosen[:, place].clone()
         return after
 

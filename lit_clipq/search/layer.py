@@ -123,7 +123,7 @@ class LayerSearch:
             return after
         rough, fine = (list(self.data) if sampler is None else sampler.sample(e) for e in self.options.errors[1:])
         if more:
-            after = self._attempt(lambda: problem.follow(rough, fine), after, noise)
+            after = self._attempt(lambda: problem.follow(rough, fine, every=sampler is None), after, noise)
         for name, family in self.rivals.items():
             after = self._attempt(partial(problem.take, name, family, rough, fine), after, noise)
         return after

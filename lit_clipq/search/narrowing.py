@@ -76,18 +76,23 @@ class Problem:
                     offers = around(chosen, reach, family.count)
                 self.chosen[name] = best_first(offers, self.losses_of(name, offers, self.data))[0]
 
-    def follow(self, rough: Sequence[Observations], fine: Sequence[Observations]) -> None:
+    def follow(self, rough: Sequence[Observations], fine: Sequence[Observations], *, every: bool = False) -> None:
         """Search what families have to be searched next, the second operand's first.
 
         Args:
             rough: Few units, on which most candidates are given up.
             fine: More of them.
+            every: Whether all candidates are compared where few would do.
         """
         for name in (self.second, self.first):
             family, changed = self.candidates.get(name), False
             while family is not None and (family := family.then(self.chosen[name])) is not None:
                 self.candidates[name], self.chosen[name] = family, family.start
-                self.screen(name, (0, family.count - 1), rough, fine)
+                if family.steps is None or every:
+                    self.screen(name, (0, family.count - 1), rough, fine)
+                else:
+                    offers = torch.stack([family.start + step for step in family.steps]).clamp(0, family.count - 1)
+                    self.chosen[name] = best_first(offers, self.losses_of(name, offers, fine))[0]
                 changed = True
             if changed and name == self.second and self.first in self.searched:
                 near = around(self.chosen[self.first][None], _NEAR, self.candidates[self.first].count)
