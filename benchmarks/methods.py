@@ -23,6 +23,13 @@ L2 = {"search": {"distance": "l2"}}
 ZERO_POINTS = {"search": {"grid": {"zero_points": True}}}
 HEADS = {"rotate": {"residual": False}}
 BASE = ["equalize", TWIN, "search"]
+COLUMNS = {"erq": {"rounding": "columns"}}
+MIXED = {"allocate": {"budget": "bops", "widths": [3, 4, 6, 8]}}
+MIXED_SIZE = {"allocate": {"budget": "size"}}
+TOKENS = {"grids": {"softmax": "twin", "gelu": "twin", "inputs": "per_token"}}
+TOKENS_BEST = {"grids": {"softmax": "best", "gelu": "best", "inputs": "per_token"}}
+GROUPS = {"grids": {"softmax": "twin", "gelu": "twin", "group_size": 64}}
+GROUPS_BEST = {"grids": {"softmax": "best", "gelu": "best", "group_size": 64}}
 
 COMPOSITIONS: dict[str, Composition] = {
     "ptq4clip": (BASE, {}),
@@ -38,8 +45,8 @@ COMPOSITIONS: dict[str, Composition] = {
     "rotate": (["rotate", TWIN, "search"], {}),
     "rotate heads": ([HEADS, "equalize", TWIN, "search"], {}),
     "registers": (["registers", "equalize", TWIN, "search"], {}),
-    "groups of 64": (["equalize", {"grids": {"softmax": "twin", "gelu": "twin", "group_size": 64}}, "search"], {}),
-    "per token": (["equalize", {"grids": {"softmax": "twin", "gelu": "twin", "inputs": "per_token"}}, "search"], {}),
+    "groups of 64": (["equalize", GROUPS, "search"], {}),
+    "per token": (["equalize", TOKENS, "search"], {}),
     "gptq": ([*BASE, "gptq"], {}),
     "gptaq": ([*BASE, "gptaq"], {}),
     "erq": ([*BASE, "erq"], {}),
@@ -55,14 +62,34 @@ COMPOSITIONS: dict[str, Composition] = {
     "smooth, gptq": (["smooth", TWIN, "search", "gptq"], {}),
     "rotate, gptq": (["rotate", TWIN, "search", "gptq"], {}),
     "adalog, gptq": (["equalize", BEST, "search", "gptq"], {}),
-    "adalog, gptq behind layers, 480": (
-        ["equalize", BEST, "search", "gptq"],
-        {"propagate": "layer", "calibration_samples": 480},
+    "smooth, adalog, gptq": (["smooth", BEST, "search", "gptq"], {}),
+    "smooth, adalog, gptq behind layers": (["smooth", BEST, "search", "gptq"], {"propagate": "layer"}),
+    "rotate, adalog, gptq behind layers": (["rotate", BEST, "search", "gptq"], {"propagate": "layer"}),
+    "erq columns behind blocks": ([*BASE, COLUMNS], {"propagate": "block"}),
+    "erq columns, affine behind blocks": ([*BASE, COLUMNS, "affine"], {"propagate": "block"}),
+    "smooth, adalog, erq columns behind blocks": (["smooth", BEST, "search", COLUMNS], {"propagate": "block"}),
+    "smooth, adalog, erq columns, affine behind blocks": (
+        ["smooth", BEST, "search", COLUMNS, "affine"],
+        {"propagate": "block"},
     ),
-    "smooth, adalog, gptq behind layers, 480": (
-        ["smooth", BEST, "search", "gptq"],
-        {"propagate": "layer", "calibration_samples": 480},
+    "per token, gptq": (["equalize", TOKENS, "search", "gptq"], {}),
+    "smooth, per token, adalog, gptq behind layers": (
+        ["smooth", TOKENS_BEST, "search", "gptq"],
+        {"propagate": "layer"},
     ),
+    "smooth, per token, adalog, erq columns behind blocks": (
+        ["smooth", TOKENS_BEST, "search", COLUMNS],
+        {"propagate": "block"},
+    ),
+    "smooth, groups, gptq": (["smooth", GROUPS, "search", "gptq"], {}),
+    "smooth, groups, adalog, erq columns behind blocks": (
+        ["smooth", GROUPS_BEST, "search", COLUMNS],
+        {"propagate": "block"},
+    ),
+    "mixed bops": ([*BASE, MIXED], {}),
+    "smooth, adalog, mixed bops, gptq": (["smooth", BEST, "search", MIXED, "gptq"], {}),
+    "smooth, adalog, gptq, mixed bops": (["smooth", BEST, "search", "gptq", MIXED], {}),
+    "smooth, gptq, mixed size": (["smooth", TWIN, "search", "gptq", MIXED_SIZE], {}),
 }
 
 
