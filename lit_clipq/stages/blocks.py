@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_clipq.calibration.batches import sample_of, unit_keys
-from lit_clipq.calibration.emulation import Parameters, emulated, holding, rounded_weight
+from lit_clipq.calibration.emulation import Parameters, emulated, holding, parameters_of, rounded_weight
 from lit_clipq.calibration.passes import Observer
 from lit_clipq.distributed import gather
 from lit_clipq.nn.layout import ROWS
@@ -182,10 +182,7 @@ class BlockObserver(Observer):
 
 def floats_of(draft: Draft) -> dict[str, Parameters]:
     """Return the float weight and bias of each layer of a draft, before layer stages change them."""
-    return {
-        name: (m._parameters.get("weight"), m.bias) if isinstance(m, QWeighted) else (None, None)
-        for name, m in draft.modules.items()
-    }
+    return {name: parameters_of(module) for name, module in draft.modules.items()}
 
 
 def has_block_stages(stages: Sequence[Stage]) -> bool:

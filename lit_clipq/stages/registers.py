@@ -6,7 +6,7 @@ the outliers less. This changes the float function: where and how many registers
 calibration set, none at all among the candidates.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,7 +59,7 @@ class Registers(FloatStage):
     forbids = frozenset({"equalize", "smooth"})
 
     counts: tuple[int, ...] = (1, 2, 4)
-    """How many registers are tried."""
+    """How many registers are tried: the first number at every block, the others at the best of these."""
     blocks: tuple[int, ...] = ()
     """From which blocks on they are tried, counted from 0; by default from each."""
 
@@ -90,20 +90,14 @@ class Registers(FloatStage):
         trial = _Trial(draft)
         none = trial.errors({})
         names = list(blocks)
-        offers = {
-            (block, count): _prefixes(found, names[block:], block, count)
-            for block in (self.blocks or range(len(names)))
-            if block < len(names)
-            for count in self.counts
-        }
-        if not offers:
+        starts = [block for block in self.blocks or range(len(names)) if block < len(names)]
+        if not starts:
             return {"count": 0, "reason": f"the tower has {len(names)} blocks, none of them is offered"}
-        errors = {place: trial.errors(prefixes) for place, prefixes in offers.items()}
-        best = gather(min(errors, key=lambda place: errors[place][0]))[0]
-        before, after = none[1], errors[best][1]
+        best, (_, after) = self._search(trial, starts, lambda at: _prefixes(found, names[at[0] :], *at))
+        before = none[1]
         if not after < before:
             return {"count": 0, "reason": "none is better on pictures held out", "before": before, "after": before}
-        for name, prefix in offers[best].items():
+        for name, prefix in _prefixes(found, names[best[0] :], *best).items():
             self._give(draft, name, blocks[name].attention, prefix)
         return {
             "block": names[best[0]],
@@ -112,6 +106,19 @@ class Registers(FloatStage):
             "after": after,
             "float outputs": {"cosine": trial.cosine()},
         }
+
+    def _search(
+        self, trial: "_Trial", starts: Sequence[int], prefixes: Callable[[tuple[int, int]], Mapping[str, Prefix]]
+    ) -> tuple[tuple[int, int], tuple[float, float]]:
+        """Return the best block and count with its errors: first the block, then how many from there on."""
+        errors: dict[tuple[int, int], tuple[float, float]] = {}
+        for block in starts:
+            errors[block, self.counts[0]] = trial.errors(prefixes((block, self.counts[0])))
+        block = gather(min(errors, key=lambda at: errors[at][0]))[0][0]
+        for count in self.counts[1:]:
+            errors[block, count] = trial.errors(prefixes((block, count)))
+        best = gather(min(errors, key=lambda at: errors[at][0]))[0]
+        return best, errors[best]
 
     @staticmethod
     def _give(draft: Draft, name: str, attention: ExplicitAttention, prefix: Prefix) -> None:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.batches import count_samples
-from lit_clipq.calibration.channels import Link
+from lit_clipq.calibration.channels import Channels, Link
 from lit_clipq.calibration.needs import Need, Write
-from lit_clipq.calibration.scaling import ChannelScaling
+from lit_clipq.calibration.scaling import ChannelScaling, divided, multiplied
 from lit_clipq.distributed import gather
 from lit_clipq.errors import ConfigError
 from lit_clipq.functional.rotation import keeping_ones, random_orthogonal
@@ -50,7 +50,7 @@ class Rotate(FloatStage):
       stream are rotated. A first normalisation is followed, the last one preceded by a product with the matrix, in
       float, as tasks read what is behind it; both are listed in the map. What reads the last normalisation divides its
       input by that one's gain instead.
-    - `values`: each head's values, and the columns of the output projection.
+    - `values`: each head's values, their channels brought to one size first, and the columns of the output projection.
     - `keys`: each head's queries and keys by the same matrix.
     """
 
@@ -102,9 +102,9 @@ class Rotate(FloatStage):
             By place: the size of the matrix, or why it is left out; by `float outputs` their largest relative change.
         """
         roots, plan = draft.session.roots, draft.plan
-        links = draft.session.links.links  # of the network as it was
+        seen = draft.session.links  # of the network as it was
         report: dict[str, Any] = {}
-        work = _Rotation(draft, self.seed)
+        work = _Rotation(draft, self.seed, seen.channels)
         turns: tuple[tuple[str, Iterable[tuple[str, Any]], Callable[[str, Any], int]], ...] = (
             ("values", _attentions(roots, plan, why_not_values), work.values),
             ("keys", _attentions(roots, plan, why_not_keys), work.keys),
@@ -114,7 +114,7 @@ class Rotate(FloatStage):
             for name, found in places if getattr(self, option) is not False else ():
                 told = {"reason": found} if isinstance(found, str) else {"size": turn(name, found)}
                 report[f"{name} ({option})"] = told
-        work.divide_by_last_gains(links)
+        work.divide_by_last_gains(seen.links)
         change = work.measure()
         if change > _TOLERANCE:
             log.warning("rotating changes the float outputs by %.1e of the largest, expected %.0e", change, _TOLERANCE)
@@ -195,6 +195,7 @@ class _Rotation:
 
     draft: Draft
     seed: int
+    seen: Mapping[str, Channels]
 
     def __post_init__(self) -> None:
         self.names = {module: name for name, module in self.draft.session.modules.items()}
@@ -202,15 +203,29 @@ class _Rotation:
         self.gains: dict[str, Tensor] = {}
 
     def values(self, name: str, attention: ExplicitAttention) -> int:
-        """Rotate each head's values and the columns of the output projection; returns the size of a head."""
+        """Rotate each head's values and the columns of the output projection; returns the size of a head.
+
+        Channels are brought to one root mean square first: what stands out by its size alone would drown the others.
+        """
         maker, first = _projection(attention, "v")
         size = (_rows_of(maker) - first) // attention.num_heads
+        out = attention.out_proj
+        sizes = self._sizes(self.names[out], attention.num_heads * size)
+        for parameter, _ in list(maker.named_parameters(recurse=False)):
+            self._put(maker, parameter, divided(maker.get_parameter(parameter).double(), first, sizes))
         matrix = self._random(size, f"{name}.values")
         self._rows(maker, first, matrix, attention.num_heads)
-        out = attention.out_proj
-        columns = out.get_parameter("weight").double().unflatten(1, (attention.num_heads, size))
+        columns = multiplied(out.get_parameter("weight").double(), sizes).unflatten(1, (attention.num_heads, size))
         self._put(out, "weight", (columns @ matrix.to(columns.device)).flatten(1))
         return size
+
+    def _sizes(self, reader: str, channels: int) -> Tensor:
+        """Return the root mean squares of what a layer reads, relative to their median; ones where it was not seen."""
+        seen = self.seen.get(reader)
+        if seen is None or len(seen.squares) != channels:
+            return torch.ones(channels, dtype=torch.float64)
+        sizes = (seen.squares / seen.rows).sqrt()
+        return (sizes / sizes.median().clamp(min=1e-30)).clamp(1e-3, 1e3)
 
     def keys(self, name: str, attention: ExplicitAttention) -> int:
         """Rotate each head's queries and keys; returns the size of a head."""

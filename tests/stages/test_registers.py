@@ -78,7 +78,7 @@ def helpful(monkeypatch):
 @pytest.mark.usefixtures("helpful")
 def test_registers_are_the_means_of_the_largest_tokens():
     model, batch, _ = tower("vit")
-    form, state = prepared(model, [batch], [{"registers": {"counts": [1, 2]}}])
+    form, state = prepared(model, [batch], [{"registers": {"counts": [2, 1]}}])
     told = form.report.stages["registers"]
     assert (told["block"], told["count"]) == ("clip.visual.transformer.resblocks.1.attn", 2)
     assert -1 <= told["float outputs"]["cosine"] < 1

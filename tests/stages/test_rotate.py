@@ -190,12 +190,27 @@ def test_replays_that_do_not_fit_change_nothing(outlier):
         assert not isinstance(model.visual.ln_pre, RotatedNorm)
 
 
-def test_start_constants_are_those_of_rotated_values():
+def test_start_constants_are_those_of_rotated_keys():
     model, batch, _ = tower("vit")
     recipe = compose([{"rotate": {"residual": False}}, "grids", {"search": {"distance": "l2"}}])
     quantize(model, [batch], recipe)
     plain = tower("vit")[0]
     quantize(plain, [batch], compose(["grids", {"search": {"distance": "l2"}}]))
-    one, other = (m.transformer.resblocks[0].attn.av.constant for m in (model, plain))
+    one, other = (m.transformer.resblocks[0].attn.qk.constant for m in (model, plain))
     assert not torch.allclose(one, other, atol=1e-2)
-    torch.testing.assert_close(one.norm(dim=-1), other.norm(dim=-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.norm(dim=2), other.norm(dim=2), rtol=1e-4, atol=1e-5)  # (1, heads, d, 1)
+
+
+def test_values_that_stand_out_by_size_alone_become_what_they_would_have_been():
+    def rotated_values(factor):
+        model, batch, _ = tower("vit")
+        attention = model.visual.transformer.resblocks[0].attn
+        attention.in_proj_weight.data[64] *= factor  # a channel of the first head's values, and what reads it
+        attention.in_proj_bias.data[64] *= factor
+        attention.out_proj.weight.data[:, 0] /= factor
+        form, _ = prepared(model, [batch], [{"rotate": {"keys": False, "residual": False}}])
+        with form.installed():  # the weights are codes, the bias is as it was made
+            bias = model.visual.transformer.resblocks[0].attn.qkv_proj.bias[64:80].clone()
+        return bias / bias.norm()
+
+    torch.testing.assert_close(rotated_values(64), rotated_values(1), rtol=1e-4, atol=1e-5)

@@ -318,15 +318,36 @@ def test_what_has_no_weight_says_so_and_what_has_is_kept_or_undone(clip, batch):
     assert any(entry["kept"] for entry in report.stages["gptq"].values())
 
 
-def test_forms_from_one_session_are_those_of_runs_of_their_own(clip, batch):
-    recipes = [recipe_of(), recipe_of("gptq", "affine"), recipe_of("erq")]
+@pytest.mark.parametrize(
+    ("grids", "options"),
+    [
+        ({"group_size": 32, "inputs": "per_token"}, {}),
+        pytest.param({"gelu": "best"}, {"store_bfloat16": True, "token_share": 0.5}, marks=pytest.mark.slow),
+        ({"per_channel": False}, {"propagate": "layer"}),
+    ],
+)
+def test_other_grids_and_ways_to_collect_compose_with_it(grids, options, clip, batch):
+    bits = BitWidths.resolve({"weight_bits": 3, "activation_bits": 8})
+    recipe = compose([{"grids": grids}, "search", "gptq", "affine"], bits=bits, include=BLOCK[:1], **options)
     model = copy.deepcopy(clip.model)
-    for recipe, form in zip(recipes, quantize_many(model, [batch], recipes), strict=True):
-        alone = copy.deepcopy(clip.model)
-        report = quantize(alone, [batch], recipe)
+    report = quantize(model, [batch], recipe)
+    assert all(entry["kept"] == (entry["after"] <= entry["before"]) for entry in report.stages["gptq"].values())
+    with torch.no_grad():
+        found, wanted = model.encode_image(batch[0]), clip.model.encode_image(batch[0])
+    assert torch.cosine_similarity(found, wanted).min() > 0.9
+
+
+def test_forms_from_one_session_are_those_of_runs_of_their_own():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 8)), torch.randn(64, 16, generator=generator())
+    base, bits = ["grids", "search"], BitWidths.resolve({"weight_bits": 3, "activation_bits": 4})
+    recipes = [compose([*base, *more], bits=bits) for more in ([], ["gptq", "affine"], ["erq"], ["gptq", "affine"])]
+    for recipe, form in zip(recipes, quantize_many({"net": net}, [x], recipes, forward=net), strict=True):
+        alone = copy.deepcopy(net)
+        report = quantize({"net": alone}, [x], recipe, forward=alone)
         with form.installed() as shared:
             assert shared.stages == report.stages
-            state = model.state_dict()
+            state = net.state_dict()
             assert all(torch.equal(value, state[name]) for name, value in alone.state_dict().items())
 
 
