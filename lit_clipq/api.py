@@ -249,12 +249,22 @@ def preview(model: nn.Module | Mapping[str, nn.Module], recipe: Recipe) -> Quant
     Raises:
         ConfigError: For a pattern that matches nothing, or a layer that a stage cannot serve.
     """
+    return planner(model)(recipe)
+
+
+def planner(model: nn.Module | Mapping[str, nn.Module]) -> Callable[[Recipe], QuantizationMap]:
+    """Return what does the same as `preview` for any number of recipes, from one look at the model.
+
+    Args:
+        model: As for `quantize`.
+    """
     roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
     with torch.inference_mode(False):
         shells = {name: copy.deepcopy(root).to("meta").eval() for name, root in roots.items()}
         for shell in shells.values():
             make_explicit(shell)
-        return recipe.plan(find_layers(shells))
+        layers = find_layers(shells)
+    return lambda recipe: recipe.plan(layers)
 
 
 @dataclass

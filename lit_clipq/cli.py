@@ -3,17 +3,20 @@
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from importlib.resources import files
 from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NoReturn, TypeVar, cast, get_args
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -21,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from lit_clipq.analysis.comparison import comparison_table, map_table
+from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.contracts import TrainingData
 from lit_clipq.errors import ConfigError, LitClipqError
@@ -60,7 +64,20 @@ class ClipQuantCLI(LightningCLI):
             "validate": own,
             "test": own,
             "analyze": own,
+            "sweep": {"model", "datamodule"},
         }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "sweep":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = self.init_parser(**kwargs)
+        self._add_arguments(parser)
+        skip: set[str | int] = set(self.subcommands()[subcommand])
+        # The method has the name of its group of options, so that it cannot be a group itself.
+        added = parser.add_method_arguments(klass, subcommand, as_group=False, skip=skip)
+        self._subcommand_method_arguments[subcommand] = added
+        parser.set_defaults({"results": "results.jsonl"})
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--quantize.*`, `--results` and `--resume`."""
@@ -84,6 +101,7 @@ class ClipQuantCLI(LightningCLI):
         """Parse; a `--quantize.load` takes the place of the recipes and widths that configuration files name."""
         from callbacks.quantize import DECIDED_BY_ARTEFACT
 
+        self._args = [str(arg) for arg in args]
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -108,6 +126,8 @@ class ClipQuantCLI(LightningCLI):
         """Make the Trainer; what Lightning says about its options is this program's own kind of error."""
         if self.subcommand != "fit":
             kwargs["logger"] = False  # the record of an evaluation is its results file
+        if self.subcommand == "sweep":
+            kwargs["enable_progress_bar"] = False  # a sweep has one of its own
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -150,6 +170,17 @@ class ClipQuantCLI(LightningCLI):
             told = f"written to {trainer.results}; a picture over depth: lit-clipq report {trainer.results}"
             console().print(told, style="dim", highlight=False, soft_wrap=True)
 
+    def before_sweep(self) -> None:
+        """Tell the Trainer the command: for the records, and for Ray's workers."""
+        trainer = cast(QuantTrainer, self.trainer)
+        trainer.command = command_of(self._args)
+        trainer.sweep_worker = measure_points, self._args
+
+    def after_sweep(self) -> None:
+        """Say where the points are."""
+        trainer = cast(QuantTrainer, self.trainer)
+        console().print(f"written to {trainer.swept}", style="dim", highlight=False)
+
     def _print_comparison(self) -> None:
         trainer = cast(QuantTrainer, self.trainer)
         if trainer.is_global_zero and trainer.comparison is not None:
@@ -157,6 +188,9 @@ class ClipQuantCLI(LightningCLI):
             console().print(f"written to {trainer.results}", style="dim", highlight=False)
             if trainer.page is not None:
                 console().print(f"pictures with captions in {trainer.page}", style="dim", highlight=False)
+
+
+CLI = TypeVar("CLI", bound=ClipQuantCLI)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -182,24 +216,28 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _make(kind: type[CLI], args: list[str]) -> CLI:
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=FitConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_class=QuantTrainer,
+        trainer_defaults={"use_distributed_sampler": False},
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+        parser_class=Parser,
+        args=args,
+    )
+
+
 def _run(args: list[str]) -> None:
     from callbacks.quantize import DryRunComplete  # not before it is known to be this project's
 
     try:
-        ClipQuantCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=FitConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_class=QuantTrainer,
-            trainer_defaults={"use_distributed_sampler": False},
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            args=args,
-        )
+        _make(ClipQuantCLI, args)
     except DryRunComplete as done:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _print_plan(done.report)
@@ -229,6 +267,66 @@ class Words(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise it as a `ConfigError`."""
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def command_of(args: Sequence[str]) -> str:
+    """Return the command line of a sweep without what does not decide its numbers: where they are measured and kept."""
+    kept, skip = [], False
+    for arg in args:
+        own = re.match(r"--(results|sweep\.(engine|address|workers|retries|shard|mix))(=|$)", arg)
+        if not skip and own is None:
+            kept.append(arg)
+        skip = own is not None and own.group(3) == ""
+    return shlex.join(["lightning", *kept])
+
+
+class WorkerCLI(ClipQuantCLI):
+    """Makes model, data and Trainer of a command line, and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave it to whoever made this."""
+
+    def measure(self, points: list[str], baseline: PointRecord | None, keep: Callable[[PointRecord], None]) -> None:
+        """Measure points of a sweep."""
+        self.before_sweep()
+        options = self._prepare_subcommand_kwargs("sweep")
+        cast(QuantTrainer, self.trainer).measure_points(
+            **{"datamodule": None, **options}, points=points, baseline=baseline, keep=keep
+        )
+
+
+def measure_points(args: list[str], points: list[str], baseline: str | None, folder: str) -> Iterator[str]:
+    """Measure points of a sweep, or the float network alone; what a Ray worker does.
+
+    Args:
+        args: The command line of the sweep.
+        points: Ids.
+        baseline: Line of the float network, where it is measured.
+        folder: Where the sweep was started; the worker goes there, if there is such a folder on its machine.
+
+    Yields:
+        Lines of the results file, as soon as they are measured.
+    """
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    _quieten()
+    lines: SimpleQueue[str | BaseException | None] = SimpleQueue()
+
+    def measure() -> None:
+        try:
+            known = None if baseline is None else PointRecord.from_line(baseline)
+            cli = _make(WorkerCLI, args)
+            cli.measure(points, known, lambda record: lines.put(record.to_line()))
+        except BaseException as error:  # handed to the thread that waits for lines
+            lines.put(_own_error(error) or error)
+        else:
+            lines.put(None)
+
+    Thread(target=measure, daemon=True).start()
+    while (line := lines.get()) is not None:
+        if isinstance(line, BaseException):
+            raise line
+        yield line
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

@@ -30,6 +30,7 @@ Split = Literal["train", "val"]
 
 RecipeT_co = TypeVar("RecipeT_co", covariant=True)
 ReportT_co = TypeVar("ReportT_co", covariant=True)
+RecipeT = TypeVar("RecipeT")
 ContractT = TypeVar("ContractT")
 
 
@@ -404,6 +405,15 @@ class ClassData(Protocol):
 
 
 @runtime_checkable
+class TextData(Protocol):
+    """Pictures that may come with texts."""
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are any."""
+
+
+@runtime_checkable
 class FeatureData(Protocol):
     """Questions about pictures, whose features can be computed once and kept."""
 
@@ -487,6 +497,8 @@ class Quantizing(Protocol[RecipeT_co, ReportT_co]):
     """Whether the coming pass is the float one; set by the Trainer."""
     dry_run: bool
     """Whether the run ends once the plan is made."""
+    swept: bool
+    """Whether a sweep quantizes, and this callback leaves the network alone."""
 
     @property
     def recipe(self) -> RecipeT_co | None:
@@ -512,6 +524,39 @@ class Quantizing(Protocol[RecipeT_co, ReportT_co]):
 
     def preflight(self, trainer: RunningTrainer, task: QuantizableTask, /, *, weights_are_final: bool) -> None:
         """Refuse what cannot be saved or loaded in the end, before anything is evaluated."""
+
+
+@runtime_checkable
+class Calibrating(Protocol[RecipeT]):
+    """The callback that quantizes, as far as a sweep needs to know it; `callbacks.Quantize` is one."""
+
+    seed: int
+    """Of the choice of calibration samples."""
+
+    @property
+    def recipe(self) -> RecipeT | None:
+        """The method with its widths; None leaves the network float."""
+
+    def at(self, **changes: Any) -> Calibrating[RecipeT]:
+        """Return a callback with other options, by name."""
+
+    def fingerprint(self) -> str:
+        """Return everything that decides the quantized network beside model and data, as text."""
+
+    def recipe_for(self, task: QuantizableTask, /) -> RecipeT:
+        """Return the recipe without what the task has and does not use."""
+
+    def calibrate(
+        self, trainer: Any, task: QuantizableTask, recipes: Sequence[RecipeT], progress: Callable[[str, int, int], None]
+    ) -> list[Any]:
+        """Calibrate the networks of a task for several recipes at once; returns one quantized form for each."""
+
+    def check_sweepable(self) -> None:
+        """Refuse options that mean nothing for a sweep.
+
+        Raises:
+            ConfigError: Names the option.
+        """
 
 
 # Objects of unknown make

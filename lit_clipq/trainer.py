@@ -7,22 +7,24 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from rich.console import Console
 from torch import distributed as dist
 
 from lit_clipq.analysis.caption_run import CaptionFiles, digest_of
 from lit_clipq.analysis.comparison import Comparison, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
+from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.contracts import IdentifiedData, MeasuredTask, Observing, Quantizing, require
+from lit_clipq.contracts import IdentifiedData, MeasuredTask, Observing, Quantizing, TwoTowerTask, require
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.models.training_checkpoint import check_training_checkpoint
@@ -30,6 +32,11 @@ from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe
 from lit_clipq.sensitivity import Analysis
+from lit_clipq.sweep import ResultsFile, SweepOptions
+from lit_clipq.sweep.progress import SweepProgress
+from lit_clipq.sweep.ray_engine import RayEngine, Worker
+from lit_clipq.sweep.runner import Bench, Point, Records, Runner
+from lit_clipq.sweep.session import identity_of, points_of, require_sweepable, results_file, shard_path
 from lit_clipq.trainer_analysis import run_analysis
 
 log = logging.getLogger(__name__)
@@ -68,6 +75,13 @@ class QuantTrainer(Trainer):
         self.float_cache = float_cache
         self.comparison: Comparison | None = None
         self.analysis: Analysis | None = None
+        self.command = ""
+        """The command line, where there is one; for the records of a sweep."""
+        self.sweep_worker: tuple[Worker, list[str]] | None = None
+        """What a Ray worker runs, with the command line that it reads; set by the command line."""
+        self.swept: Path | None = None
+        """The file of the last sweep."""
+        self._work: Callable[[Callable[[], Any]], None] | None = None
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
@@ -188,6 +202,158 @@ class QuantTrainer(Trainer):
         write_json(Path(self.results), {**content, "versions": versions(), "command": _command()})
         return self.analysis
 
+    def sweep(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        sweep: SweepOptions = SweepOptions(),  # noqa: B008 frozen
+    ) -> list[PointRecord]:
+        """Measure a grid of methods, widths and seeds, and append a line for each point to `results.jsonl`.
+
+        A point has the numbers of a `validate` of its options. Points that are in the file already are not measured
+        again; one that failed is told in its line and tried again by the next run.
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`.
+            ckpt_path: Checkpoint of the task to load first.
+            weights_only: Whether loading the checkpoint refuses pickled objects.
+            sweep: The grid, and where it is measured.
+
+        Returns:
+            The records of the grid, the float network's first.
+
+        Raises:
+            PointsFailedError: In the end, if any point failed.
+        """
+        run = self._sweep_run(model, datamodule, ckpt_path, weights_only, sweep)
+        self.swept = path = shard_path(Path(self.results), sweep)
+        with results_file(path, run.records.identity, run.points, mix=sweep.mix) as (file, missing):
+            progress = SweepProgress(len(missing), Console(), quiet=not self.is_global_zero)
+            if missing or file.baseline is None:
+                with progress:
+                    self._sweep(run, missing, file, progress, sweep)
+        baseline = file.baseline
+        found = file.records(point.id for point in run.points)
+        return found if baseline is None else [baseline, *found]
+
+    def measure_points(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | Path | None,
+        weights_only: bool | None,
+        sweep: SweepOptions,
+        points: Collection[str],
+        baseline: PointRecord | None,
+        keep: Callable[[PointRecord], None],
+    ) -> None:
+        """Measure some points of a sweep, or the float network alone, without a file: what a Ray worker does.
+
+        Args:
+            model: As for `sweep`.
+            datamodule: As for `sweep`.
+            ckpt_path: As for `sweep`.
+            weights_only: As for `sweep`.
+            sweep: The whole grid, or the part that the sweep is for.
+            points: Ids of the points to measure.
+            baseline: The record of the float network, where it is measured.
+            keep: Takes a record as soon as it is there.
+        """
+        run = self._sweep_run(model, datamodule, ckpt_path, weights_only, sweep)
+        wanted = [point for point in run.points if point.id in points]
+        if len(wanted) < len(points):
+            raise ConfigError(
+                "this worker has other code, model or data than the process that started the sweep; give all machines "
+                "the same"
+            )
+        with SweepProgress(len(wanted), Console(), quiet=True) as progress:
+            self._measure(run, wanted, baseline, keep, progress)
+
+    def _sweep_run(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | Path | None,
+        weights_only: bool | None,
+        sweep: SweepOptions,
+    ) -> "_SweepRun":
+        """Check everything that can be checked before a sweep, and list its points."""
+        _check_limit("limit_val_batches", self.limit_val_batches)
+        check_training_checkpoint(ckpt_path, weights_only)
+        quantizing = self._quantizing()
+        callback = require_sweepable(quantizing, self.world_size, resume=self.resume)
+        assert quantizing is not None  # noqa: S101 - checked above
+        task = require(model, MeasuredTask)
+        quantizing.reset()
+        if ckpt_path is None:
+            task.prepare_weights()
+        quantizing.preflight(self, task, weights_are_final=ckpt_path is None)
+        parts = self._fingerprint(task, datamodule, ckpt_path)
+        if parts is None:
+            raise ConfigError("a sweep needs a data module that can tell its data apart; use one of `datamodules`")
+        identity = identity_of(parts, versions())
+        device = {"device": _device_name(self.strategy.root_device)}
+        records = Records(task, identity, versions() | device, self.command)
+        points = points_of(sweep, callback, task, self, identity)
+        return _SweepRun(model, task, datamodule, ckpt_path, weights_only, quantizing, parts, records, points)
+
+    def _sweep(
+        self, run: "_SweepRun", missing: list[Point], file: ResultsFile, progress: SweepProgress, sweep: SweepOptions
+    ) -> None:
+        if sweep.engine == "local":
+            self._measure(run, missing, file.baseline, file.append, progress)
+            return
+        if self.sweep_worker is None:
+            raise ConfigError("--sweep.engine ray starts the command line anew on its workers; run `lightning sweep`")
+
+        def keep(record: PointRecord) -> None:
+            file.append(record)
+            if record.kind == "point":
+                progress.point(record)
+
+        worker, args = self.sweep_worker
+        engine = RayEngine(sweep, worker, args)
+        engine.run(missing, file.baseline, keep, lambda point, error: keep(run.records.failed(point, error)))
+
+    def _measure(
+        self,
+        run: "_SweepRun",
+        points: list[Point],
+        baseline: PointRecord | None,
+        keep: Callable[[PointRecord], None],
+        progress: SweepProgress,
+    ) -> None:
+        """Let Lightning set everything up once, and measure in the place of its one evaluation."""
+
+        def work(evaluate: Callable[[], Any]) -> None:
+            bench = Bench(
+                task=run.task,
+                data=run.datamodule,
+                records=run.records,
+                evaluate=evaluate,
+                scoring=torch.inference_mode,
+                float_measurement=lambda: self._float_pass(
+                    evaluate, run.quantizing, run.task, run.datamodule, run.parts
+                ),
+            )
+            Runner(bench, keep, progress).run(points, baseline)
+
+        self._work, run.quantizing.swept = work, True
+        try:
+            super().validate(run.model, None, run.ckpt_path, False, run.datamodule, run.weights_only)
+        finally:
+            self._work, run.quantizing.swept = None, False
+
+    def _run_stage(self) -> Any:
+        """Run what Lightning would, or in a sweep the work that needs everything set up and may run it many times."""
+        if self._work is None:
+            return super()._run_stage()
+        self._work(super()._run_stage)
+        return None
+
     def _compare(
         self,
         evaluate: Callable[..., Any],
@@ -248,7 +414,10 @@ class QuantTrainer(Trainer):
         datamodule: LightningDataModule | None,
         parts: dict[str, object] | None,
     ) -> Measurement:
-        cache = self._cache_file(parts)
+        referenced = isinstance(task, TwoTowerTask) and task.uses_reference
+        if isinstance(task, TwoTowerTask):
+            task.forget_reference()
+        cache = None if referenced else self._cache_file(parts)  # what towers make is not remembered
         if cache is not None and (found := self._remembered(cache)) is not None:
             log.info("float measurement read from %s", cache)
             return found
@@ -257,6 +426,8 @@ class QuantTrainer(Trainer):
             run()
         finally:
             callback.paused = False
+        if isinstance(task, TwoTowerTask):
+            task.keep_reference()
         measured = Measurement.of(task, datamodule)
         if cache is not None and self.is_global_zero:
             try:
@@ -361,6 +532,21 @@ def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
+@dataclass(frozen=True)
+class _SweepRun:
+    """What one sweep is about."""
+
+    model: LightningModule
+    task: MeasuredTask
+    datamodule: LightningDataModule | None
+    ckpt_path: str | Path | None
+    weights_only: bool | None
+    quantizing: QuantizeCallback
+    parts: dict[str, object]
+    records: Records
+    points: list[Point]
+
+
 def versions() -> dict[str, str]:
     """Return the versions of this package and of those its numbers depend on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -380,6 +566,10 @@ def _differences(measured: Measurement, quantized: Measurement) -> dict[str, Int
             )
         )
     return intervals
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _check_writable(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -31,8 +32,10 @@ class TwoTowerClipTask(ClipTask):
     def __init__(self, name: str, pretrained: str | None = None, **kwargs: Any) -> None:
         super().__init__(name, pretrained, **kwargs)
         self._only: tuple[str, ...] | None = None
-        self._kept: dict[str, list[TowerOutputs]] = {}
+        self.made_outputs: dict[str, list[TowerOutputs]] = {}
+        """What the towers made in the last evaluation, where it is kept, by tower and batch."""
         self.reference: dict[str, list[TowerOutputs]] | None = None
+        """What the float towers made, to compare with."""
 
     @abstractmethod
     def tower_outputs(self, tower: str, batch: Mapping[str, Tensor]) -> TowerOutputs | None:
@@ -56,7 +59,7 @@ class TwoTowerClipTask(ClipTask):
 
     def kept_outputs(self) -> dict[str, list[TowerOutputs]]:
         """Return what the towers made in the last evaluation, by tower and batch; of this process."""
-        return dict(self._kept)
+        return dict(self.made_outputs)
 
     def score_towers(self, outputs: Mapping[str, Sequence[TowerOutputs]]) -> None:
         """Score as an evaluation whose towers made this would; `results` and the like then tell of it.
@@ -65,14 +68,17 @@ class TwoTowerClipTask(ClipTask):
             outputs: By tower and batch, of `kept_outputs`.
         """
         self.begin_evaluation()
+        self.made_outputs = {tower: list(outputs[tower]) for tower in TOWERS}
+        # What is computed in a step is computed in the precision of steps; the metric's own work is not.
         for tower in TOWERS:
             for batch in outputs[tower]:
-                self.score_outputs(tower, batch)
+                with nullcontext() if self._trainer is None else self.trainer.precision_plugin.val_step_context():
+                    self.score_outputs(tower, batch)
         self.finish_evaluation()
 
     def keep_reference(self) -> None:
         """Compare what is scored from now on with what the towers made in the last evaluation."""
-        self.reference = dict(self._kept) or None
+        self.reference = dict(self.made_outputs) or None
 
     def forget_reference(self) -> None:
         """Compare no more; an evaluation of the float network comes next."""
@@ -82,7 +88,7 @@ class TwoTowerClipTask(ClipTask):
 
     def prepare_evaluation(self) -> None:
         """Forget what was kept; then what a tower makes once for all batches."""
-        self._kept = {tower: [] for tower in self._towers} if self._keeps else {}
+        self.made_outputs = {tower: [] for tower in self._towers} if self._keeps else {}
         if "text" in self._towers:
             for outputs in self.shared_outputs():
                 self._take("text", outputs)
@@ -115,11 +121,11 @@ class TwoTowerClipTask(ClipTask):
 
     @property
     def _keeps(self) -> bool:
-        return self._only is not None or (self.uses_reference and self.reference is None)
+        return self._only is not None or self.uses_reference
 
     def _take(self, tower: str, outputs: TowerOutputs) -> None:
         if self._keeps:
-            self._kept[tower].append(outputs)
+            self.made_outputs[tower].append(outputs)
         if self._only is None:
             self.score_outputs(tower, outputs)
 
