@@ -189,6 +189,8 @@ class QuantTrainer(Trainer):
         """
         task, callback = require(model, MeasuredTask), self._quantizing()
         recipe = callback.recipe if callback is not None and callback.active else None
+        if metric < 0:
+            raise ConfigError(f"metric must be at least 0, got {metric}")
         if callback is None or recipe is None:
             raise ConfigError("the analysis needs a method and less than 32 bits; give --quantize.recipe")
         if self.is_global_zero:

@@ -17,7 +17,7 @@ from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores
 from lit_clipq.nn.swap import MapEntry, swap, unswap
 from lit_clipq.recipes import Recipe
 from lit_clipq.sensitivity.activations import OutlierObserver
-from lit_clipq.sensitivity.patterns import Patterns, worth_leaving
+from lit_clipq.sensitivity.patterns import Patterns, check_share, worth_leaving
 from lit_clipq.sensitivity.replay import Replay, block_of, relative_error, relevant
 from lit_clipq.sensitivity.rows import Row, Scope
 from lit_clipq.stages.draft import Draft
@@ -194,6 +194,10 @@ def analyze(
         CalibrationError: As for `lit_clipq.quantize`.
     """
     _check(recipe)
+    check_share(share)
+    for name, count in (("measure", measure), ("left_float", left_float)):
+        if count < -1:
+            raise ConfigError(f"{name} must be at least -1, which is all, got {count}")
     stages = (*recipe.stages, Sensitivity())
     (quantized,) = quantize_many(
         model, batches, [replace(recipe, stages=stages)], forward=forward, texts=texts,
@@ -214,7 +218,6 @@ def analyze(
         recipe.name, recipe.bits.in_words(), tuple(rows), tuple(observer.found()), tuple(observer.sinks()),
         quantized.report.samples, quantized.report.seconds, share,
     )  # fmt: skip
-    worth_leaving(rows, share)
     return analysis, placed
 
 
