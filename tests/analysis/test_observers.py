@@ -19,7 +19,7 @@ def validate(tmp_path, task, *args):
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "metric"), [("retrieval", "recall@1_i2t"), ("classification", "top1")])
 def test_cosines_and_mistakes_agree_with_the_metric(task, metric, tmp_path):
-    code, told = validate(tmp_path, task, "--quantize.bits", "3", "--quantize.attention_products", "true", *BOTH)
+    code, told = validate(tmp_path, task, "--quantize.bits", "4", "--quantize.attention_products", "true", *BOTH)
     assert code == 0
     matched = told["cosine"]["matched"]
     assert matched["float"]["mean"] > told["cosine"]["unmatched"]["float"]["mean"] + 0.1
