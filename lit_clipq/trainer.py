@@ -1,6 +1,6 @@
 """A Trainer whose `validate` and `test` measure the float network first, then the quantized one, and that sweeps.
 
-Longer than other files: all of it works on the set-up and the loops of Lightning's Trainer, which no other room touches.
+Longer than other files: all of it works on the set-up and the loops of Lightning's Trainer, which only it touches.
 """
 
 import hashlib
