@@ -1,8 +1,8 @@
 """A sweep against a `validate` run for each of its points: `python -m benchmarks.sweep`.
 
 Retrieval in the mini world, the seed's grid of five widths of the image tower by five of the text tower, one
-calibration seed: 25 points. Both are run as a user runs them, as processes, on a world that is drawn already, in turn in
-one run of this program. Every number of the points that `validate` measured is compared with the sweep's.
+calibration seed: 25 points. Both are run as a user runs them, as processes, on a world that is drawn already, in turn
+in one run of this program. Every number of the points that `validate` measured is compared with the sweep's.
 
 All 25 `validate` runs are made with `--all`. Otherwise some are: `--runs` of those with both towers quantized, one of
 each other kind, and the time of 25 is extrapolated from them: 16 x both towers + 4 x image tower + 4 x text tower +

@@ -257,7 +257,9 @@ def _report(args: Sequence[str]) -> None:
     for problem in report.problems:
         console().print(f"left out: {problem}", style="dim", highlight=False, markup=False, soft_wrap=True)
     console().print(
-        f"{report.points} networks, {len(report.files)} files; open {report.page}", highlight=False, markup=False
+        f"{report.points} network{'s' * (report.points != 1)}, {len(report.files)} files; open {report.page}",
+        highlight=False,
+        markup=False,
     )
 
 

@@ -1,4 +1,7 @@
-"""A Trainer whose `validate` and `test` measure the float network first, then the quantized one."""
+"""A Trainer whose `validate` and `test` measure the float network first, then the quantized one, and that sweeps.
+
+Longer than other files: all of it works on the set-up and the loops of Lightning's Trainer, which only it touches.
+"""
 
 import hashlib
 import importlib.metadata
