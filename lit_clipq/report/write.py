@@ -56,7 +56,7 @@ def write_report(paths: Iterable[str | Path], folder: str | Path = "report") -> 
     files = {"report.html": page, "report.md": markdown(read.points, read.problems, named)}
     files |= {"results.csv": csv_table(read.points)} if read.points else {}
     files |= {f"figures/{figure.name}.svg": draw.standalone(figure) for figure in figures}
-    pictures = {f"figures/{figure.name}.png": figure.png for figure in figures}
+    pictures: dict[str, str | bytes] = {f"figures/{figure.name}.png": figure.png for figure in figures}
     for name, content in {**pictures, **files}.items():
         write_whole(target / name, content)
     written = [*files, *pictures]
