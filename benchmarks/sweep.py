@@ -1,12 +1,12 @@
 """A sweep against a `validate` run for each of its points: `python -m benchmarks.sweep`.
 
-Retrieval in the mini world, the seed's grid of five widths of the image tower by five of the text tower, one calibration
-seed: 25 points. Both are run as a user runs them, as processes, on a world that is drawn already, in turn in one
-run of this program. Every number of the points that `validate` measured is compared with the sweep's.
+Retrieval in the mini world, the seed's grid of five widths of the image tower by five of the text tower, one
+calibration seed: 25 points. Both are run as a user runs them, as processes, on a world that is drawn already, in turn
+in one run of this program. Every number of the points that `validate` measured is compared with the sweep's.
 
-All 25 `validate` runs are made with `--all`. Otherwise some are: `--runs` of those with both towers quantized, one of each
-other kind, and the time of 25 is extrapolated from them, 16 x both towers + 4 x image tower + 4 x text tower + float. The
-float measurement is remembered by `validate` between runs, as it is for a user.
+All 25 `validate` runs are made with `--all`. Otherwise some are: `--runs` of those with both towers quantized, one of
+each other kind, and the time of 25 is extrapolated from them: 16 x both towers + 4 x image tower + 4 x text tower +
+float. The float measurement is remembered by `validate` between runs, as it is for a user.
 
 The machine may be shared: printed are wall time and processor time, which counts work and not waiting, and the load.
 """
@@ -94,18 +94,14 @@ def main() -> None:
                 check(points[vision, text], json.loads(results.read_text()))
             mean = Seconds(*(statistics.mean(column) for column in zip(*times, strict=True)))
             count = len(KINDS[kind])
-            print(
-                f"validate, {kind}: {mean.wall:.1f} s, {mean.processor:.1f} s of processor time (mean of {len(times)} of "
-                f"{count})"
-            )
+            told = f"{mean.wall:.1f} s, {mean.processor:.1f} s of processor time"
+            print(f"validate, {kind}: {told} (mean of {len(times)} of {count})")
             total = [sum_ + count * seconds for sum_, seconds in zip(total, mean, strict=True)]
     how = "25 validate runs" if args.all else "25 validate runs, extrapolated"
     print(f"{how}: {total[0]:.1f} s, {total[1]:.1f} s of processor time; all numbers compared are identical")
-    print(
-        f"the sweep is {total[0] / swept.wall:.1f} x faster by the clock, {total[1] / swept.processor:.1f} x by processor "
-        f"time; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors, {os.environ.get('OMP_NUM_THREADS', 'all')} "
-        "threads"
-    )
+    ratios = f"{total[0] / swept.wall:.1f} x faster by the clock, {total[1] / swept.processor:.1f} x by processor time"
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(f"the sweep is {ratios}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors, {threads} threads")
 
 
 if __name__ == "__main__":

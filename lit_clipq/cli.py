@@ -63,8 +63,8 @@ class ClipQuantCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": own,
             "test": own,
-            "sweep": {"model", "datamodule"},
             "analyze": own,
+            "sweep": {"model", "datamodule"},
         }
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -158,17 +158,6 @@ class ClipQuantCLI(LightningCLI):
         """Print the comparison."""
         self._print_comparison()
 
-    def before_sweep(self) -> None:
-        """Tell the Trainer the command: for the records, and for Ray's workers."""
-        trainer = cast(QuantTrainer, self.trainer)
-        trainer.command = command_of(self._args)
-        trainer.sweep_worker = measure_points, self._args
-
-    def after_sweep(self) -> None:
-        """Say where the points are."""
-        trainer = cast(QuantTrainer, self.trainer)
-        console().print(f"written to {trainer.swept}", style="dim", highlight=False)
-
     def after_analyze(self) -> None:
         """Print the most sensitive layers, the farthest outliers, and what to paste."""
         trainer = cast(QuantTrainer, self.trainer)
@@ -180,6 +169,17 @@ class ClipQuantCLI(LightningCLI):
             console().print(trainer.analysis.patterns.as_yaml(), highlight=False, markup=False, soft_wrap=True)
             told = f"written to {trainer.results}; a picture over depth: lit-clipq report {trainer.results}"
             console().print(told, style="dim", highlight=False, soft_wrap=True)
+
+    def before_sweep(self) -> None:
+        """Tell the Trainer the command: for the records, and for Ray's workers."""
+        trainer = cast(QuantTrainer, self.trainer)
+        trainer.command = command_of(self._args)
+        trainer.sweep_worker = measure_points, self._args
+
+    def after_sweep(self) -> None:
+        """Say where the points are."""
+        trainer = cast(QuantTrainer, self.trainer)
+        console().print(f"written to {trainer.swept}", style="dim", highlight=False)
 
     def _print_comparison(self) -> None:
         trainer = cast(QuantTrainer, self.trainer)
@@ -243,6 +243,34 @@ def _run(args: list[str]) -> None:
             _print_plan(done.report)
 
 
+def _report(args: Sequence[str]) -> None:
+    """Write the report of results that are there."""
+    from lit_clipq.report import write_report
+
+    parser = Words(prog="lit-clipq report", description="One page, figures and tables from the results of any runs.")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="results.json, results.jsonl, analysis.json, or folders"
+    )
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="where the files go; default: report")
+    options = parser.parse_args(args)
+    report = write_report(options.paths, options.out)
+    for problem in report.problems:
+        console().print(f"left out: {problem}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    console().print(
+        f"{report.points} network{'s' * (report.points != 1)}, {len(report.files)} files; open {report.page}",
+        highlight=False,
+        markup=False,
+    )
+
+
+class Words(ArgumentParser):
+    """A parser of words that needs no configuration; what it refuses is this program's own kind of error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a `ConfigError`."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def command_of(args: Sequence[str]) -> str:
     """Return the command line of a sweep without what does not decide its numbers: where they are measured and kept."""
     kept, skip = [], False
@@ -301,32 +329,6 @@ def measure_points(args: list[str], points: list[str], baseline: str | None, fol
         if isinstance(line, BaseException):
             raise line
         yield line
-
-
-def _report(args: Sequence[str]) -> None:
-    """Write the report of results that are there."""
-    from lit_clipq.report import write_report
-
-    parser = Words(prog="lit-clipq report", description="One page, figures and tables from the results of any runs.")
-    parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="results.json, results.jsonl, analysis.json, or folders"
-    )
-    parser.add_argument("--out", default="report", metavar="FOLDER", help="where the files go; default: report")
-    options = parser.parse_args(args)
-    report = write_report(options.paths, options.out)
-    for problem in report.problems:
-        console().print(f"left out: {problem}", style="dim", highlight=False, markup=False, soft_wrap=True)
-    console().print(
-        f"{report.points} networks, {len(report.files)} files; open {report.page}", highlight=False, markup=False
-    )
-
-
-class Words(ArgumentParser):
-    """A parser of words that needs no configuration; what it refuses is this program's own kind of error."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise it as a `ConfigError`."""
-        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

@@ -10,8 +10,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("LIT_CLIPQ_CACHE") or Path.home() / ".cache" / "lit_clipq").expanduser()
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file so that `path` holds either its old content or all of the new one.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, so that `path` holds either its old content or all of the new one.
 
     Raises:
         OSError: If the folder cannot be made or written.
@@ -19,8 +19,8 @@ def write_whole(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

@@ -1,4 +1,7 @@
-"""A Trainer whose `validate` and `test` measure the float network first, then the quantized one."""
+"""A Trainer whose `validate` and `test` measure the float network first, then the quantized one, and that sweeps.
+
+Longer than other files: all of it works on the set-up and the loops of Lightning's Trainer, which only it touches.
+"""
 
 import hashlib
 import importlib.metadata
@@ -74,6 +77,7 @@ class QuantTrainer(Trainer):
         self.resume = resume
         self.float_cache = float_cache
         self.comparison: Comparison | None = None
+        self.analysis: Analysis | None = None
         self.command = ""
         """The command line, where there is one; for the records of a sweep."""
         self.sweep_worker: tuple[Worker, list[str]] | None = None
@@ -81,7 +85,6 @@ class QuantTrainer(Trainer):
         self.swept: Path | None = None
         """The file of the last sweep."""
         self._work: Callable[[Callable[[], Any]], None] | None = None
-        self.analysis: Analysis | None = None
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
@@ -156,6 +159,53 @@ class QuantTrainer(Trainer):
         """
         _check_limit("limit_test_batches", self.limit_test_batches)
         return self._compare(super().test, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def analyze(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        measure: int = 16,
+        left_float: int = 4,
+        blocks: bool = True,
+        metric: int = 0,
+        share: float = 0.5,
+    ) -> Analysis:
+        """Say what quantizing each layer, block, tower and operand costs, and write `analysis.json` (`--results`).
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`; only its calibration data is looked at, but for `metric`.
+            ckpt_path: Checkpoint of the task to load first.
+            measure: For how many layers, and as many operands, the error of the embedding is measured beside the
+                prediction that all have; -1 for all.
+            left_float: For how many layers the tower is also measured with all quantized but this one; -1 for all.
+            blocks: Whether every block and tower is measured.
+            metric: For how many layers the task is evaluated with this layer alone quantized.
+            share: What share of the predicted error the patterns for `quantize.exclude` and `quantize.widths` remove.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            ConfigError: Where nothing is quantized, or by a method whose errors cannot be predicted.
+        """
+        task, callback = require(model, MeasuredTask), self._quantizing()
+        recipe = callback.recipe if callback is not None and callback.active else None
+        if metric < 0:
+            raise ConfigError(f"metric must be at least 0, got {metric}")
+        if callback is None or recipe is None:
+            raise ConfigError("the analysis needs a method and less than 32 bits; give --quantize.recipe")
+        if self.is_global_zero:
+            _check_writable(Path(self.results))
+        self.analysis = run_analysis(
+            self, task, datamodule, callback, ckpt_path,
+            measure=measure, left_float=left_float, blocks=blocks, metric=metric, share=share,
+        )  # fmt: skip
+        origin = {"task": type(task).__name__, "model": task.model_name, "pretrained": task.pretrained}
+        content = {**origin, **self.analysis.to_json(), "quantize": recipe.to_json()}
+        write_json(Path(self.results), {**content, "versions": versions(), "command": _command()})
+        return self.analysis
 
     def sweep(
         self,
@@ -308,51 +358,6 @@ class QuantTrainer(Trainer):
             return super()._run_stage()
         self._work(super()._run_stage)
         return None
-
-    def analyze(
-        self,
-        model: LightningModule | None = None,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | Path | None = None,
-        measure: int = 16,
-        left_float: int = 4,
-        blocks: bool = True,
-        metric: int = 0,
-        share: float = 0.5,
-    ) -> Analysis:
-        """Say what quantizing each layer, block, tower and operand costs, and write `analysis.json` (`--results`).
-
-        Args:
-            model: A task.
-            datamodule: One of `datamodules`; only its calibration data is looked at, but for `metric`.
-            ckpt_path: Checkpoint of the task to load first.
-            measure: For how many layers, and as many operands, the error of the embedding is measured beside the
-                prediction that all have; -1 for all.
-            left_float: For how many layers the tower is also measured with all quantized but this one; -1 for all.
-            blocks: Whether every block and tower is measured.
-            metric: For how many layers the task is evaluated with this layer alone quantized.
-            share: What share of the predicted error the patterns for `quantize.exclude` and `quantize.widths` remove.
-
-        Returns:
-            The analysis.
-
-        Raises:
-            ConfigError: Where nothing is quantized, or by a method whose errors cannot be predicted.
-        """
-        task, callback = require(model, MeasuredTask), self._quantizing()
-        recipe = callback.recipe if callback is not None and callback.active else None
-        if callback is None or recipe is None:
-            raise ConfigError("the analysis needs a method and less than 32 bits; give --quantize.recipe")
-        if self.is_global_zero:
-            _check_writable(Path(self.results))
-        self.analysis = run_analysis(
-            self, task, datamodule, callback, ckpt_path,
-            measure=measure, left_float=left_float, blocks=blocks, metric=metric, share=share,
-        )  # fmt: skip
-        origin = {"task": type(task).__name__, "model": task.model_name, "pretrained": task.pretrained}
-        content = {**origin, **self.analysis.to_json(), "quantize": recipe.to_json()}
-        write_json(Path(self.results), {**content, "versions": versions(), "command": _command()})
-        return self.analysis
 
     def _compare(
         self,
@@ -527,6 +532,11 @@ class QuantTrainer(Trainer):
         )
 
 
+def _command() -> str:
+    """Return the command line of this process, the program by its name alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 @dataclass(frozen=True)
 class _SweepRun:
     """What one sweep is about."""
@@ -540,11 +550,6 @@ class _SweepRun:
     parts: dict[str, object]
     records: Records
     points: list[Point]
-
-
-def _command() -> str:
-    """Return the command line of this process, the program by its name alone."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -101,7 +101,7 @@ class PointRecord:
     sqnr_db: dict[str, float] = field(default_factory=dict)
     """Signal-to-noise ratio of each searched layer in dB."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else was learned of this point, plain values by name (such as histograms)."""
+    """What else was learned of this point, plain values by name: `captions` of captioning, by the id of the picture."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of this package and those its numbers depend on."""
     command: str = ""

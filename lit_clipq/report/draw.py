@@ -78,6 +78,7 @@ def draw(
         paint(figure)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")  # it is laid out
         figure.savefig(png, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None})
     return Figure(name, title, caption, _followed(svg.getvalue(), title), png.getvalue(), size[0] > 6, metric)
 

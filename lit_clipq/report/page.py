@@ -129,7 +129,8 @@ def _cosines(points: Sequence[Point]) -> list[str]:
 def _figures(figures: Sequence[Figure]) -> list[str]:
     if not figures:
         return []
-    shown, metric = [], ""
+    shown: list[str] = []
+    metric = ""
     for number, figure in enumerate(figures):
         if figure.metric != metric:
             metric = figure.metric

@@ -56,11 +56,10 @@ def write_report(paths: Iterable[str | Path], folder: str | Path = "report") -> 
     files = {"report.html": page, "report.md": markdown(read.points, read.problems, named)}
     files |= {"results.csv": csv_table(read.points)} if read.points else {}
     files |= {f"figures/{figure.name}.svg": draw.standalone(figure) for figure in figures}
-    for name, content in files.items():
+    pictures: dict[str, str | bytes] = {f"figures/{figure.name}.png": figure.png for figure in figures}
+    for name, content in {**pictures, **files}.items():
         write_whole(target / name, content)
-    for figure in figures:
-        (target / "figures" / f"{figure.name}.png").write_bytes(figure.png)
-    written = [*files, *(f"figures/{figure.name}.png" for figure in figures)]
+    written = [*files, *pictures]
     return Report(
         target / "report.html", tuple(target / name for name in written), len(read.points), tuple(read.problems)
     )

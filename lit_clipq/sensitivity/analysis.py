@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_clipq.api import Forward, Progress, QuantizationReport, Quantized, quantize_many
 from lit_clipq.calibration.batches import Batch
@@ -17,7 +17,7 @@ from lit_clipq.nn.start_token import StartTokenAverage, StartTokenScores
 from lit_clipq.nn.swap import MapEntry, swap, unswap
 from lit_clipq.recipes import Recipe
 from lit_clipq.sensitivity.activations import OutlierObserver
-from lit_clipq.sensitivity.patterns import Patterns, worth_leaving
+from lit_clipq.sensitivity.patterns import Patterns, check_share, worth_leaving
 from lit_clipq.sensitivity.replay import Replay, block_of, relative_error, relevant
 from lit_clipq.sensitivity.rows import Row, Scope
 from lit_clipq.stages.draft import Draft
@@ -168,7 +168,8 @@ def analyze(
     Grids are calibrated once. For every operand alone the error of its layer's product times Gauss-Newton weights, on
     the observations that the grids were found on, predicts the squared relative error of the embedding: with J the
     Jacobian of the outputs y by the product and e its error, `sum_ij J_ij^2 e_j^2 / sum_i y_i^2`. For the layers and
-    operands of the highest prediction the rest of the network is run. The network stays float.
+    operands of the highest prediction the rest of the network is run. Tables of embeddings see nothing to predict from
+    and are measured. The network stays float.
 
     Args:
         model: As for `lit_clipq.quantize`.
@@ -193,6 +194,10 @@ def analyze(
         CalibrationError: As for `lit_clipq.quantize`.
     """
     _check(recipe)
+    check_share(share)
+    for name, count in (("measure", measure), ("left_float", left_float)):
+        if count < -1:
+            raise ConfigError(f"{name} must be at least -1, which is all, got {count}")
     stages = (*recipe.stages, Sensitivity())
     (quantized,) = quantize_many(
         model, batches, [replace(recipe, stages=stages)], forward=forward, texts=texts,
@@ -213,7 +218,6 @@ def analyze(
         recipe.name, recipe.bits.in_words(), tuple(rows), tuple(observer.found()), tuple(observer.sinks()),
         quantized.report.samples, quantized.report.seconds, share,
     )  # fmt: skip
-    worth_leaving(rows, share)
     return analysis, placed
 
 
@@ -245,6 +249,8 @@ def _predicted(placed: Placed, told: Mapping[str, Any], base: Replay) -> list[Ro
     for layer in draft.session.layers:
         if layer.name in told:
             rows += _of_layer(entries[layer.name], told[layer.name], signal[layer.tower] or 1.0)
+        elif layer.name in draft.modules and layer.kind.is_table:
+            rows += _of_table(entries[layer.name], base.run({layer.name: draft.modules[layer.name]}), base)
     totals: dict[str, float] = {}
     for one in rows:
         totals[one.tower] = totals.get(one.tower, 0.0) + (one.predicted if one.scope == "layer" else 0.0)
@@ -268,6 +274,14 @@ def _of_layer(entry: MapEntry, errors: Mapping[str, Mapping[str, float]], signal
 
     operands = [row("operand", name, width[name], value) for name, value in errors.items() if name != ALL]
     return [row("layer", ALL, narrowest, whole), *operands]
+
+
+def _of_table(entry: MapEntry, outputs: Sequence[Mapping[str, Tensor]], base: Replay) -> list[Row]:
+    """Return the rows of a table of embeddings, which sees nothing to predict from: its error is measured."""
+    error = relative_error(outputs, base.outputs, entry.tower)
+    bits = entry.weight_bits or entry.activation_bits
+    row = Row("layer", entry.name, entry.tower, ALL, bits, error, 0.0, None, error)
+    return [row, replace(row, scope="operand", operand="weight")]
 
 
 def _sum(scope: Scope, name: str, tower: str, rows: Sequence[Row]) -> Row:
@@ -310,7 +324,7 @@ def _measured(
                 without[_key(row)] = relative_error(behind.run({row.layer: None}), base.outputs, tower)
                 done += 1
                 _tell(tell, row, done, total)
-    return [replace(r, embedding=found.get(_key(r)), left_float=without.get(_key(r))) for r in rows]
+    return [replace(r, embedding=found.get(_key(r), r.embedding), left_float=without.get(_key(r))) for r in rows]
 
 
 def _members(rows: Sequence[Row]) -> dict[tuple[str, str], list[str]]:

@@ -38,8 +38,7 @@ def worth_leaving(rows: Sequence[Row], share: float = 0.5) -> Patterns:
     Raises:
         ConfigError: If the share is not between 0 and 1.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"share must be above 0 and at most 1, got {share}")
+    check_share(share)
     layers = _fewest([row for row in rows if row.scope == "layer"], share)
     chosen: dict[str, dict[str, int]] = {}
     for row in _fewest([row for row in rows if row.scope == "operand"], share):
@@ -47,6 +46,16 @@ def worth_leaving(rows: Sequence[Row], share: float = 0.5) -> Patterns:
         chosen.setdefault(escape(row.layer), {})[letter] = min(2 * row.bits, MAX_BITS)
     widths = {name: "".join(f"{x}{bits[x]}" for x in "wa" if x in bits) for name, bits in chosen.items()}
     return Patterns(tuple(escape(row.layer) for row in layers), widths, share)
+
+
+def check_share(share: float) -> None:
+    """Refuse a share that is none.
+
+    Raises:
+        ConfigError: If it is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"share must be above 0 and at most 1, got {share}")
 
 
 def _fewest(rows: Sequence[Row], share: float) -> list[Row]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -12,14 +13,19 @@ from lit_clipq.analysis.caption_run import digest_of
 from lit_clipq.analysis.measurement import Measurement, Scores
 from lit_clipq.analysis.records import Identity, PointRecord, compare, scores_of
 from lit_clipq.api import Progress, QuantizationReport, Quantized, planner
+from lit_clipq.calibration.needs import Need
 from lit_clipq.contracts import MeasuredTask, TwoTowerTask
 from lit_clipq.errors import LitClipqError
 from lit_clipq.nn.swap import FLOAT_BITS
 from lit_clipq.recipes import BitWidths, Recipe
+from lit_clipq.stages.schedule import asked
 from lit_clipq.sweep.progress import SweepProgress
 from lit_clipq.sweep.towers import TOWERS, TowerMemory, passes, tower_hashes
 
 log = logging.getLogger(__name__)
+
+MOST_BYTES = 4 * 10**9
+"""Bound on the codes of points that are calibrated together without a search; with one, points share them."""
 
 Calibrate = Callable[[Sequence[Recipe], Progress], list[Quantized]]
 """Calibrates the networks of the run for several recipes at once."""
@@ -71,6 +77,7 @@ class Records:
             float_bytes=baseline.float_bytes,
             quantized_bytes=measured.bytes,
             float_macs_share=report.map.float_share,
+            details=_details(measured),
             sqnr_db={name: layer.sqnr_db for name, layer in report.layers.items()},
         )
         return replace(record, differences=compare(baseline, record))
@@ -84,6 +91,7 @@ class Records:
             samples=baseline.samples,
             float_bytes=baseline.float_bytes,
             quantized_bytes=baseline.float_bytes,
+            details=baseline.details,
         )
         return replace(same, differences=compare(baseline, same))
 
@@ -98,6 +106,7 @@ class Records:
             samples=measured.samples,
             float_bytes=measured.bytes,
             quantized_bytes=measured.bytes,
+            details=_details(measured),
         )
 
     def _empty(self, point: Point) -> PointRecord:
@@ -193,7 +202,19 @@ class Runner:
                 active.append(point)
             else:
                 self._done(self.records.as_float(point, baseline))
-        forms = self._calibrated(active) if active else {}
+        for part in self._parts(active):
+            self._part(part, baseline)
+        self._memory.forget_all_but(self._float_towers)
+
+    def _parts(self, points: Sequence[Point]) -> list[list[Point]]:
+        """Cut points whose networks take much memory together and share nothing, as of recipes that do not search."""
+        size = sum(p.numel() for root in self.bench.task.roots().values() for p in root.parameters())
+        searches = bool(points) and Need.OPERANDS in asked(points[0].recipe.stages)
+        most = len(points) if searches else max(1, MOST_BYTES // max(1, size))
+        return [list(points[start : start + most]) for start in range(0, len(points), max(1, most))]
+
+    def _part(self, active: Sequence[Point], baseline: PointRecord) -> None:
+        forms = self._calibrated(active)
         hashes = self._run_towers(forms) if isinstance(self.bench.task, TwoTowerTask) else {}
         for point in active:
             if point.id not in forms:
@@ -204,7 +225,6 @@ class Runner:
                 self._failed(point, error)
             else:
                 self._done(record)
-        self._memory.forget_all_but(self._float_towers)
 
     def _calibrated(self, points: Sequence[Point]) -> dict[str, Quantized]:
         """Calibrate for all points at once; where that fails each alone, to learn which one it is."""
@@ -278,6 +298,12 @@ class Runner:
 
 def _scores(scores: Mapping[str, Scores]) -> dict:
     return scores_of({name: (one.values, one.clusters) for name, one in scores.items()})
+
+
+def _details(measured: Measurement) -> dict[str, Any]:
+    """Return the captions of a pass by the id of their picture, where there are any."""
+    captions = {key: row[0] for key, row in measured.captioned.items()}
+    return {"captions": captions} if captions else {}
 
 
 def _told(error: Exception) -> str:

@@ -110,6 +110,7 @@ def test_every_point_has_the_numbers_of_validate(tmp_path, own_configs, config, 
 )
 def test_tasks_that_do_not_factor_have_the_numbers_of_validate(tmp_path, config, options):
     records = sweep(tmp_path / "results.jsonl", *VANILLA, "--sweep.bits", "[32,4]", *options, config=config)
+    assert [len(record.details.get("captions", {})) for record in records] == [8 * ("captioning" in config)] * 3
     for record, bits in zip(records[1:], (32, 4), strict=True):
         widths = ["--quantize.bits", str(bits)]
         same(record, validate(tmp_path / "results.json", *VANILLA, *widths, *options, config=config))
@@ -127,6 +128,14 @@ def test_towers_are_evaluated_once_a_width(tmp_path, monkeypatch):
     widths = "[32,8,6,4]"
     sweep(tmp_path / "r.jsonl", *VANILLA, "--sweep.vision_bits", widths, "--sweep.text_bits", widths)
     assert (ran.count("vision"), ran.count("text")) == (4, 4)
+
+
+def test_points_that_would_take_too_much_memory_together_are_calibrated_in_parts(tmp_path, monkeypatch):
+    grid = [*VANILLA, "--sweep.vision_bits", "[32,4]", "--sweep.text_bits", "[8,4]"]
+    together = sweep(tmp_path / "together.jsonl", *grid)
+    monkeypatch.setattr("lit_clipq.sweep.runner.MOST_BYTES", 1)
+    apart = sweep(tmp_path / "apart.jsonl", *grid)
+    assert [record.to_line() for record in apart] == [record.to_line() for record in together]
 
 
 def test_seeds_and_methods_are_axes(tmp_path):
