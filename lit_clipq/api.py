@@ -17,7 +17,7 @@ from lit_clipq.calibration.needs import Need
 from lit_clipq.calibration.passes import CalibrationSet
 from lit_clipq.calibration.profile import Profile, merged, profile
 from lit_clipq.calibration.results import LayerResult
-from lit_clipq.calibration.session import Session
+from lit_clipq.calibration.session import Collection, Session
 from lit_clipq.distributed import check_same_on_all_ranks, gather, world_size
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.inputs import check_batches, check_model
@@ -309,14 +309,17 @@ class _Work:
             self._open()
             groups: dict[Any, list[int]] = {}
             plans = {number: self._plan(recipes[number]) for number in active}
+            collections = self._collections({number: recipes[number] for number in active}, plans)
             for number in active:
-                groups.setdefault(self._shared(recipes[number], plans[number], number), []).append(number)
+                groups.setdefault(self._shared(recipes[number], collections[number], number), []).append(number)
             tell = self._progress(progress, [[plans[number] for number in members] for members in groups.values()])
             for members in groups.values():
                 begun = time.perf_counter() if found else started
                 for number, result in zip(
                     members,
-                    self._group([(recipes[n], plans[n]) for n in members], float_bytes, dry_run, tell),
+                    self._group(
+                        [(recipes[n], plans[n]) for n in members], collections[members[0]], float_bytes, dry_run, tell
+                    ),
                     strict=True,
                 ):
                     share = 0.0 if dry_run else (time.perf_counter() - begun) / len(members)
@@ -385,11 +388,27 @@ class _Work:
         self.text_lengths = TextLengths(clip, self.texts)
         return self.text_lengths
 
-    def _shared(self, recipe: Recipe, plan: QuantizationMap, number: int) -> Any:
+    def _collections(
+        self, recipes: Mapping[int, Recipe], plans: Mapping[int, QuantizationMap]
+    ) -> dict[int, Collection]:
+        """Return what is collected for each recipe.
+
+        What is left out of texts does not matter to a recipe that leaves the text tower float: it shares the collection
+        of one that does not, where there is one.
+        """
+        found = {n: recipe.collection(plans[n], self.layers, text_rule=self.text_rule) for n, recipe in recipes.items()}
+        others = set(found.values())
+        for number, collection in found.items():
+            without_start = replace(collection, drop_start=True)
+            if without_start in others and not any(entry.tower == "text" for entry in plans[number].quantized):
+                found[number] = without_start
+        return found
+
+    def _shared(self, recipe: Recipe, collection: Collection, number: int) -> Any:
         """Return what recipes have in common that one collection serves."""
         alone = number if needs_one_draft(recipe.stages, recipe.propagate) else -1
         collected = asked(recipe.stages) & {need for need in Need if need.by_layer or need is Need.RANGES}
-        return recipe.collection(plan, self.layers, text_rule=self.text_rule), collected, recipe.propagate, alone
+        return collection, collected, recipe.propagate, alone
 
     def _progress(
         self, progress: Progress | None, groups: Sequence[Sequence[QuantizationMap]]
@@ -414,20 +433,21 @@ class _Work:
     def _group(
         self,
         members: Sequence[tuple[Recipe, QuantizationMap]],
+        collection: Collection,
         float_bytes: int,
         dry_run: bool,
         tell: Callable[[str], None],
     ) -> list[Quantized]:
         """Quantize by recipes that share one session."""
         assert self.cost is not None  # noqa: S101 - `_plan` measured it
-        recipe, plan = members[0]
+        recipe = members[0][0]
         rows = frozenset(layer.name for layer in self.layers if layer.kind.layout(layer.module) is ROWS)
         session = Session(
             self.roots,
             self.layers,
             self.data,
             Budget(self.cost, self.most, self.memory_limit_bytes, rows, self._beside([r for r, _ in members])),
-            recipe.collection(plan, self.layers, text_rule=self.text_rule),
+            collection,
             self.text_rule,
         )
         drafts = [Draft(session, plan, recipe.stages) for recipe, plan in members]
