@@ -47,7 +47,7 @@ class FitConfig(SaveConfigCallback):
 
 
 class ClipQuantCLI(LightningCLI):
-    """LightningCLI with fit, validate and test, and quantization as the top-level group `quantize`."""
+    """LightningCLI with fit, validate, test and export, and quantization as the top-level group `quantize`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -57,6 +57,7 @@ class ClipQuantCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": own,
             "test": own,
+            "export": {"model", "datamodule"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,6 +124,14 @@ class ClipQuantCLI(LightningCLI):
         if written:
             lines.append(f"evaluate it with `lightning validate` and --ckpt_path {written}")
         console().print("\n".join(lines), highlight=False, soft_wrap=True)
+
+    def after_export(self) -> None:
+        """Say what was exported, and where it lies."""
+        trainer = cast(QuantTrainer, self.trainer)
+        if trainer.exported is not None:
+            from lit_clipq.export import told
+
+            console().print(told(trainer.exported), highlight=False, soft_wrap=True)
 
     def after_validate(self) -> None:
         """Print the comparison."""

@@ -427,6 +427,9 @@ class Quantizing(Protocol[RecipeT_co, ReportT_co]):
     def preflight(self, trainer: RunningTrainer, task: QuantizableTask, /, *, weights_are_final: bool) -> None:
         """Refuse what cannot be saved or loaded in the end, before anything is evaluated."""
 
+    def quantize_now(self, trainer: Any, task: Any, /) -> None:
+        """Quantize, or load the quantized model, outside of any loop."""
+
 
 # Objects of unknown make
 

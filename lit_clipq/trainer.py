@@ -22,6 +22,7 @@ from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
 from lit_clipq.contracts import IdentifiedData, MeasuredTask, Quantizing, require
 from lit_clipq.errors import ConfigError
+from lit_clipq.export import ExportOptions, ExportReport, Samples, check_target, embeddings, export_clip
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.models.training_checkpoint import check_training_checkpoint
 from lit_clipq.nn.swap import QuantizationMap
@@ -63,6 +64,8 @@ class QuantTrainer(Trainer):
         self.resume = resume
         self.float_cache = float_cache
         self.comparison: Comparison | None = None
+        self.exported: ExportReport | None = None
+        """What `export` wrote."""
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
@@ -137,6 +140,48 @@ class QuantTrainer(Trainer):
         """
         _check_limit("limit_test_batches", self.limit_test_batches)
         return self._compare(super().test, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def export_model(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        export: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
+    ) -> None:
+        """Quantize the task's CLIP, or load it quantized, and export it; nothing is evaluated.
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`, for calibration.
+            export: Where and how.
+
+        Raises:
+            ConfigError: If nothing is quantized, or the quantized CLIP cannot be exported.
+            ModelError: If the exported graphs compute something else than the network does.
+        """
+        callback, task = self._quantizing(), require(model, MeasuredTask)
+        if callback is None or not callback.active or callback.dry_run or "clip" not in task.roots():
+            raise ConfigError(
+                "expected a task with a CLIP that is quantized, to export it; give --quantize.recipe, or the folder of "
+                "a quantized model with --quantize.load"
+            )
+        check_target(export.path, force=export.force)
+        if isinstance(datamodule, IdentifiedData):
+            datamodule.preprocessing = task.preprocessing
+            datamodule.prepare_data()
+            datamodule.setup("validate")
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        callback.reset()
+        callback.preflight(self, task, weights_are_final=True)
+        loaded: Any = task.loaded
+        samples = Samples.make(loaded.preprocessing)
+        reference = embeddings(loaded, samples)
+        model.to(self.strategy.root_device)
+        callback.quantize_now(self, model)
+        model.cpu()
+        about = {"recipe": None if callback.recipe is None else callback.recipe.to_json(), "reference": "float weights"}
+        self.exported = export_clip(loaded, export, about=about, reference=reference, samples=samples)
+
+    export = export_model  # the subcommand; the parser's group of a function's name would be that of `--export.*`
 
     def _compare(
         self,

@@ -25,7 +25,9 @@ def check_target(path: Path, *, force: bool) -> None:
     if path.is_dir():
         names = {child.name for child in path.iterdir()}
         if names - FILES or (names and CONTENT_FILE not in names):
-            raise ConfigError(f"the folder {path} holds {min(names - FILES, default='files')} and no export; give another")
+            raise ConfigError(
+                f"the folder {path} holds {min(names - FILES, default='files')} and no export; give another"
+            )
         if names and not force:
             raise ConfigError(f"the export {path} exists; give another folder, or --force to replace it")
     try:

@@ -29,6 +29,8 @@ class Product:
     """Names of the float tensors that go in (token ids for a table)."""
     shapes: tuple[Sequence[Any], ...] = ()
     """Shapes of these; a size that is free is no int."""
+    meets_grid: bool = False
+    """Whether nothing but a relu lies between the output and the one grid of 256 codes that reads it."""
     output: str = ""
     """Name of the float tensor that comes out."""
     core: str = ""
@@ -92,7 +94,9 @@ class Graph:
         return name
 
     @contextmanager
-    def layer(self, name: str, inputs: Sequence[str], shapes: Sequence[Sequence[Any]]) -> Iterator[Product]:
+    def layer(
+        self, name: str, inputs: Sequence[str], shapes: Sequence[Sequence[Any]], *, meets_grid: bool = False
+    ) -> Iterator[Product]:
         """Collect what is added as the nodes of a layer; the caller sets the product's output and core.
 
         Raises:
@@ -100,7 +104,7 @@ class Graph:
         """
         if name in self.products:
             raise ValueError(f"layer {name} is called twice in one forward")
-        self._layer = Product(name, tuple(inputs), tuple(shapes))
+        self._layer = Product(name, tuple(inputs), tuple(shapes), meets_grid)
         try:
             yield self._layer
         finally:

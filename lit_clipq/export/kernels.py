@@ -53,7 +53,9 @@ def list_kernels(optimised: Path, products: Mapping[str, Product], expected: Map
         if not product.core:
             found.append(Kernel(name, "", expected=False))
             continue
-        names = [n for n in operators if n == product.core or n.startswith((f"{product.core}_token_", f"{product.core}/"))]
+        names = [
+            n for n in operators if n == product.core or n.startswith((f"{product.core}_token_", f"{product.core}/"))
+        ]
         if not names:
             raise ModelError(f"the optimised graph has no node for layer {name}; report this with the model's name")
         kinds = {operators[n] for n in names}
@@ -72,6 +74,6 @@ def check_kernels(kernels: list[Kernel]) -> None:
     if wrong:
         listed = ", ".join(f"{kernel.layer} ({kernel.operator})" for kernel in wrong[:5])
         raise ModelError(
-            f"{len(wrong)} of {len(kernels)} products would be computed in float: {listed}; quantize with the option "
-            "conv_outputs, exclude these layers, or give --export.fallback float"
+            f"{len(wrong)} of {len(kernels)} products would be computed in float: {listed}; exclude them, "
+            "or give --export.fallback float"
         )

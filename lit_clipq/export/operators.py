@@ -55,8 +55,8 @@ def _same(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:  # n
 
 
 for _name in (
-    "contiguous.default", "dropout.default", "clone.default", "detach.default", "alias.default", "lift_fresh_copy.default",
-    "_assert_tensor_metadata.default", "feature_dropout.default", "detach_.default",
+    "contiguous.default", "dropout.default", "clone.default", "detach.default", "alias.default", "detach_.default",
+    "_assert_tensor_metadata.default", "feature_dropout.default", "lift_fresh_copy.default",
 ):  # fmt: skip
     OPERATORS[f"aten.{_name}"] = _same
 
@@ -178,7 +178,7 @@ def _conv2d(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     x, weight, bias, stride, padding, dilation, groups = values[:7]
     names = [tracer.name(value) for value in (x, weight, bias) if value is not None]
     sizes = [list(value) * 2 if len(value) == 1 else list(value) for value in (stride, padding, dilation)]
-    options = {"strides": sizes[0], "pads": sizes[1] * 2, "dilations": sizes[2], "group": groups}
+    options: dict[str, Any] = {"strides": sizes[0], "pads": sizes[1] * 2, "dilations": sizes[2], "group": groups}
     return tracer.result(node, tracer.graph.node("Conv", *names, **options))
 
 
@@ -222,15 +222,20 @@ def _avg_pool(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     x, kernel, stride, padding, ceil, counts_padding, divisor = values[:7]
     if divisor is not None:
         raise ConfigError("an average pooling with a divisor of its own is not known to the ONNX export")
-    options = {"kernel_shape": kernel, "strides": stride or kernel, "pads": list(padding) * 2}
-    flags = {"ceil_mode": int(ceil), "count_include_pad": int(counts_padding)}
-    return tracer.result(node, tracer.graph.node("AveragePool", tracer.name(x), **options, **flags))
+    options: dict[str, Any] = {"kernel_shape": kernel, "strides": stride or kernel, "pads": list(padding) * 2}
+    options |= {"ceil_mode": int(ceil), "count_include_pad": int(counts_padding)}
+    return tracer.result(node, tracer.graph.node("AveragePool", tracer.name(x), **options))
 
 
 @operator("aten.max_pool2d.default")
 def _max_pool(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     x, kernel, stride, padding, dilation, ceil = values[:6]
-    options = {"kernel_shape": kernel, "strides": stride or kernel, "pads": list(padding) * 2, "dilations": dilation}
+    options: dict[str, Any] = {
+        "kernel_shape": kernel,
+        "strides": stride or kernel,
+        "pads": list(padding) * 2,
+        "dilations": dilation,
+    }
     return tracer.result(node, tracer.graph.node("MaxPool", tracer.name(x), ceil_mode=int(ceil), **options))
 
 
@@ -264,7 +269,7 @@ def _reduction(name: str, onnx: str) -> None:
     def emit(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
         x, axes = values[0], values[1]
         keep = int(bool(values[2])) if len(values) > 2 else 0
-        listed = list(range(_rank(x))) if not axes else axes
+        listed = axes if axes else list(range(_rank(x)))
         return tracer.result(node, tracer.graph.node(onnx, tracer.name(x), tracer.ints(*listed), keepdims=keep))
 
     OPERATORS[name] = emit

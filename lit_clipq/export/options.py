@@ -22,7 +22,7 @@ class ExportOptions:
     format: str = "onnx"
     """Of the towers: `onnx`."""
     fallback: str = "refuse"
-    """What becomes of a layer that no integer kernel computes: `refuse` names it, `float` keeps it float and lists it."""
+    """What becomes of a layer that no integer kernel computes: `refuse` names it, `float` keeps and lists it."""
     force: bool = False
     """Whether an export that is already in the folder is replaced."""
 

@@ -149,10 +149,10 @@ def _forms(model: nn.Module, *, fallback: bool) -> dict[str, Form]:
             forms[f"{ROOT}.{name}"] = form_of(layer, fallback=True)
             forms[f"{ROOT}.{name}"].reason = str(error)
     if refused:
-        name, error = refused[0]
+        name, first = refused[0]
         others = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""
         raise ConfigError(
-            f"layer {name}{others} cannot be exported: {error.reason}; {error.advice}, or keep what cannot be exported "
+            f"layer {name}{others} cannot be exported: {first.reason}; {first.advice}, or keep what cannot be exported "
             "float with --export.fallback float"
         )
     if not forms:
@@ -265,3 +265,24 @@ def told(report: ExportReport) -> str:
     lines += [f"kept float: {name} ({reason})" for name, reason in report.kept_float.items()]
     return "\n".join([*lines, f"exported to {report.path}"])
 
+
+def export_artefact(path: Path | str, options: ExportOptions, *, samples: Samples | None = None) -> ExportReport:
+    """Export a model that `save_quantized` kept.
+
+    Its float weights are gone: what quantization changes is measured against decoded weights, float activations.
+
+    Args:
+        path: Folder of the artefact.
+        options: Where and how.
+        samples: As for `export_clip`.
+
+    Raises:
+        ConfigError: See `export_clip`.
+        ModelError: See `export_clip`; also for a damaged artefact, or one of another version.
+    """
+    from lit_clipq.checkpoint import load_quantized, read_artefact
+
+    check_target(options.path, force=options.force)
+    artefact = read_artefact(path)
+    about = {"recipe": artefact.recipe.to_json(), "reference": "decoded weights, float activations"}
+    return export_clip(load_quantized(path), options, about=about, samples=samples)

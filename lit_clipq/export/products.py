@@ -1,7 +1,7 @@
 """How each kind of quantized layer becomes nodes whose product an integer kernel computes.
 
-A float product between QuantizeLinear/DequantizeLinear pairs is what ONNX Runtime replaces by an integer kernel. A class
-of layers declares its form with `@form`; the shape function beside it tells what a call returns.
+A float product between QuantizeLinear/DequantizeLinear pairs is what ONNX Runtime replaces by an integer kernel. A
+class of layers declares its form with `@form`.
 """
 
 from abc import ABC, abstractmethod
@@ -102,17 +102,15 @@ def quantized(graph: Graph, x: str, grid: Affine) -> str:
 
     Symmetric grids are shifted by 128. Grids of fewer codes than a byte has are clipped in front.
     """
-    shift = 128 if grid.qmin < 0 else 0
     scale, zero = _numpy(grid.scale, np.float32), int(grid.zero_point)
-    low, high = grid.qmin + shift, grid.qmax + shift
-    if (low, high) != (0, 255):
+    if grid.qmax - grid.qmin != 255:
         ends = [(np.float32(code - zero) * scale).astype(np.float32) for code in (grid.qmin, grid.qmax)]
         x = graph.node("Clip", x, graph.store(ends[0], "low"), graph.store(ends[1], "high"))
-    step, middle = _grid_arrays(graph, scale, np.uint8(zero + shift))
+    step, middle = _grid_arrays(graph, scale, _zero(grid))
     return graph.node("QuantizeLinear", x, step, middle)
 
 
-def dequantized(graph: Graph, codes: str, scale: Array, zero: Any, **attributes: int) -> str:
+def dequantized(graph: Graph, codes: str, scale: Array, zero: Any, **attributes: Any) -> str:
     """Add a DequantizeLinear with a scale and zero point of its own."""
     return graph.node("DequantizeLinear", codes, *_grid_arrays(graph, scale, zero), **attributes)
 
@@ -121,9 +119,8 @@ def rounded(graph: Graph, x: str, grid: Affine | None) -> str:
     """Round a float tensor to its grid and back; without a grid it is returned as it is."""
     if grid is None:
         return x
-    shift = 128 if grid.qmin < 0 else 0
     codes = quantized(graph, x, grid)
-    return dequantized(graph, codes, _numpy(grid.scale, np.float32), np.uint8(int(grid.zero_point) + shift))
+    return dequantized(graph, codes, _numpy(grid.scale, np.float32), _zero(grid))
 
 
 def branches(graph: Graph, x: str, grid: TwoBranches) -> str:
@@ -167,6 +164,18 @@ def _half(graph: Graph, x: str, grid: TwoBranches, *, below: bool) -> str:
 
 def _grid_arrays(graph: Graph, scale: Array | np.float32, zero: Any) -> tuple[str, str]:
     return graph.store(np.asarray(scale), "scale"), graph.store(np.asarray(zero), "zero_point")
+
+
+def _matrix(weight: Array, order: tuple[int, ...] | None) -> Array:
+    """Return a weight (out, ...) as (in, out)."""
+    if order is None:
+        return weight.reshape(len(weight), -1).T
+    return weight.transpose(order).reshape(-1, len(weight))
+
+
+def _zero(grid: Affine) -> np.uint8:
+    """Return the zero point of an activation's unsigned codes."""
+    return np.uint8(int(grid.zero_point) + (128 if grid.qmin < 0 else 0))
 
 
 def _numpy(x: Tensor, dtype: Any) -> Array:
@@ -221,13 +230,18 @@ class WeightedForm(Form):
             return graph.store(codes, "weight")
         return graph.node("Cast", graph.store_int4(codes, "weight"), to=TensorProto.INT8)
 
-    def matrix(self, graph: Graph, grid: Affine | None) -> str:
-        """Return the weight as a float matrix (in, out), behind a DequantizeLinear where it has a grid."""
+    def matrix(self, graph: Graph, grid: Affine | None, order: tuple[int, ...] | None = None) -> str:
+        """Return the weight as a float matrix (in, out), behind a DequantizeLinear where it has a grid.
+
+        Args:
+            graph: What is added to.
+            grid: Of the weight.
+            order: Of the weight's axes in the matrix, the outputs last; `None` puts the first one last.
+        """
         if grid is None:
             weight = _numpy(self.layer.weight, np.float32)
-            return graph.store(weight.reshape(len(weight), -1).T, "weight")
-        codes = self.codes()
-        codes = codes.reshape(len(codes), -1).T
+            return graph.store(_matrix(weight, order), "weight")
+        codes = _matrix(self.codes(), order)
         scale, zero = _numpy(grid.scale, np.float32), self.zero_points(grid)
         stored = self.store_codes(graph, np.ascontiguousarray(codes))
         if grid.group_size is not None:  # (out, groups, 1) -> (groups, out)
@@ -243,6 +257,8 @@ class WeightedForm(Form):
 @form(QLinear)
 class LinearForm(WeightedForm):
     """x (*, in) times the weight (in, out), then the bias."""
+
+    layer: QLinear
 
     def shape(self, *inputs: Tensor) -> Tensor:
         """See `Form.shape`."""
@@ -260,7 +276,11 @@ class LinearForm(WeightedForm):
 
 @form(QConv2d)
 class ConvForm(WeightedForm):
-    """A convolution; one whose windows tile the picture is a product of its patches."""
+    """A convolution, or the product of its patches.
+
+    ONNX Runtime has an integer convolution where the output is rounded at once to the grid of the next layer. Elsewhere
+    the patches are gathered as codes, channels last, and multiplied by the weight like the rows of a linear layer.
+    """
 
     layer: QConv2d
 
@@ -268,19 +288,9 @@ class ConvForm(WeightedForm):
         """See `Form.check`."""
         super().check()
         if self.layer.padding_mode != "zeros" or isinstance(self.layer.padding, str):
-            raise NotExportable(f"padding {self.layer.padding_mode} {self.layer.padding}", "exclude the layer")
-        grids = (self.grid("input"), self.weight_grid())
-        if isinstance(grids[0], TwoBranches):
-            raise NotExportable("a convolution's input has a twin grid", "give gelu: uniform")
-        if (grids[0] is None) != (grids[1] is None) and not self.tiles:
-            raise NotExportable("only one operand of the convolution is quantized", "quantize both or none")
-
-    @property
-    def tiles(self) -> bool:
-        """Whether every pixel lies in one window."""
-        layer = self.layer
-        plain = layer.groups == 1 and set(layer.padding) == {0} and set(layer.dilation) == {1}
-        return plain and tuple(layer.kernel_size) == tuple(layer.stride)
+            raise NotExportable(f"it pads by {self.layer.padding_mode} {self.layer.padding}", "exclude the layer")
+        if isinstance(self.grid("input"), TwoBranches):
+            raise NotExportable("a convolution's input has a twin grid", "choose a uniform one (gelu_grid: uniform)")
 
     def shape(self, *inputs: Tensor) -> Tensor:
         """See `Form.shape`."""
@@ -290,47 +300,68 @@ class ConvForm(WeightedForm):
 
     def emit(self, graph: Graph, product: Product, *inputs: str) -> str:
         """See `Form.emit`."""
-        sizes = product.shapes[0][-2:]
-        fits = all(isinstance(n, int) and n % k == 0 for n, k in zip(sizes, self.layer.kernel_size, strict=True))
-        emit = self._tiled if self.tiles and fits else self._sliding
-        return emit(graph, product, inputs[0])
-
-    def _tiled(self, graph: Graph, product: Product, x: str) -> str:
-        (height, width), channels = self.layer.kernel_size, self.layer.in_channels
-        grid = cast(Affine | None, self.grid("input"))
-        if grid is not None:
-            x = quantized(graph, x, grid)
-        h, w = product.shapes[0][-2] // height, product.shapes[0][-1] // width
-        x = graph.node("Reshape", x, graph.store(np.array([-1, channels, h, height, w, width]), "windows"))
-        x = graph.node("Transpose", x, perm=[0, 2, 4, 1, 3, 5])  # (B, h, w, C, height, width)
-        x = graph.node("Reshape", x, graph.store(np.array([-1, h * w, channels * height * width]), "patches"))
-        if grid is not None:
-            shift = 128 if grid.qmin < 0 else 0
-            x = dequantized(graph, x, _numpy(grid.scale, np.float32), np.uint8(int(grid.zero_point) + shift))
-        y = graph.node("MatMul", x, self.matrix(graph, self.weight_grid()), name=f"{product.name}/MatMul")
+        grid, layer = cast(Affine | None, self.grid("input")), self.layer
+        free = any(not isinstance(n, int) for n in product.shapes[0][-2:])
+        if grid is None or product.meets_grid or layer.groups > 1 or free:
+            return self._convolution(graph, product, inputs[0], grid)
+        codes = quantized(graph, inputs[0], grid)
+        disjoint = tuple(layer.kernel_size) == tuple(layer.stride) and layer.kernel_size != (1, 1)
+        divides = all(n % k == 0 for n, k in zip(product.shapes[0][-2:], layer.kernel_size, strict=True))
+        tiled = disjoint and divides and set(layer.padding) == {0} and set(layer.dilation) == {1}
+        patches = self._tiles(graph, product, codes) if tiled else self._windows(graph, product, codes, grid)
+        x = dequantized(graph, patches, _numpy(grid.scale, np.float32), _zero(grid))
+        order = None if tiled else (2, 3, 1, 0)  # windows have their channels last
+        y = graph.node("MatMul", x, self.matrix(graph, self.weight_grid(), order), name=f"{product.name}/MatMul")
         product.core = graph.nodes[-1].name
-        y = graph.node("Transpose", self.biased(graph, y), perm=[0, 2, 1])
-        return graph.node("Reshape", y, graph.store(np.array([-1, self.layer.out_channels, h, w]), "map"))
+        return graph.node("Transpose", self.biased(graph, y), perm=[0, 3, 1, 2])
 
-    def _sliding(self, graph: Graph, product: Product, x: str) -> str:
+    def _tiles(self, graph: Graph, product: Product, codes: str) -> str:
+        """Cut (B, C, H, W) into windows side by side: (B, h, w, C * rows * columns)."""
+        (rows, columns), channels = self.layer.kernel_size, self.layer.in_channels
+        h, w = product.shapes[0][-2] // rows, product.shapes[0][-1] // columns
+        cut = graph.node("Reshape", codes, graph.store(np.array([-1, channels, h, rows, w, columns]), "windows"))
+        turned = graph.node("Transpose", cut, perm=[0, 2, 4, 1, 3, 5])
+        return graph.node("Reshape", turned, graph.store(np.array([-1, h, w, channels * rows * columns]), "patches"))
+
+    def _windows(self, graph: Graph, product: Product, codes: str, grid: Affine) -> str:
+        """Gather the windows of (B, C, H, W): (B, h, w, rows * columns * C)."""
+        layer = self.layer
+        x = graph.node("Transpose", codes, perm=[0, 2, 3, 1])
+        (top, left), (down, across) = cast(tuple[int, int], layer.padding), layer.stride
+        if top or left:
+            pads = graph.store(np.array([0, top, left, 0, 0, top, left, 0]), "pads")
+            x = graph.node("Pad", x, pads, graph.store(np.asarray(_zero(grid)), "padding"))
+        (rows, columns), (apart, aside) = layer.kernel_size, layer.dilation
+        if (rows, columns) == (1, 1) and (down, across) == (1, 1):
+            return x
+        height, width = product.shapes[0][-2] + 2 * top, product.shapes[0][-1] + 2 * left
+        h = (height - apart * (rows - 1) - 1) // down + 1
+        w = (width - aside * (columns - 1) - 1) // across + 1
+        parts = []
+        for i in range(0, rows * apart, apart):
+            for j in range(0, columns * aside, aside):
+                ends = ([i, j], [i + down * (h - 1) + 1, j + across * (w - 1) + 1], [1, 2], [down, across])
+                parts.append(graph.node("Slice", x, *(graph.store(np.array(end), "slice") for end in ends)))
+        return graph.node("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0]
+
+    def _convolution(self, graph: Graph, product: Product, x: str, grid: Affine | None) -> str:
         layer, weights = self.layer, self.weight_grid()
-        grid = cast(Affine | None, self.grid("input"))
         operands = [rounded(graph, x, grid)]
-        if weights is None or grid is None:
+        if weights is None:
             operands.append(graph.store(_numpy(layer.weight, np.float32), "weight"))
-            if layer.bias is not None:
-                operands.append(graph.store(_numpy(layer.bias, np.float32), "bias"))
         else:
             scale, zero = _numpy(weights.scale, np.float32), self.zero_points(weights)
             axis = {} if weights.axis is None else {"axis": 0}
             operands.append(dequantized(graph, self.store_codes(graph, self.codes()), scale, zero, **axis))
+        if weights is not None and grid is not None:
             operands.append(self._bias_codes(graph, np.float32(_numpy(grid.scale, np.float32) * scale), axis))
+        elif layer.bias is not None:
+            operands.append(graph.store(_numpy(layer.bias, np.float32), "bias"))
         pads = [*layer.padding, *layer.padding]
         options = {"strides": layer.stride, "dilations": layer.dilation, "group": layer.groups, "pads": pads}
         y = graph.node("Conv", *operands, name=f"{product.name}/Conv", kernel_shape=layer.kernel_size, **options)
         product.core = graph.nodes[-1].name
-        output = cast(Quantizer | None, getattr(layer, "output_quantizer", None))
-        return y if output is None or self.fallback else rounded(graph, y, cast(Affine, output.integer_form()))
+        return y
 
     def _bias_codes(self, graph: Graph, scale: Array, axis: dict[str, int]) -> str:
         """Store the bias in steps of the products, int32: the kernel adds it to its sums."""

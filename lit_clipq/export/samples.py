@@ -1,4 +1,4 @@
-"""Pictures and texts to compare with, made on the spot: scenes of the mini world, their captions and other sentences."""
+"""Pictures and texts to compare with, made on the spot: scenes of the mini world, captions, other sentences."""
 
 from dataclasses import dataclass
 

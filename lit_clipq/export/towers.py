@@ -19,8 +19,9 @@ class ImageTower(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model: Any = model
-        size = self.model.visual.image_size
+        self.model = model
+        visual: Any = model.visual
+        size = visual.image_size
         self.size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
 
     @property
@@ -34,7 +35,7 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed pictures."""
-        return self.model.encode_image(images, normalize=False)  # type: ignore[no-any-return]
+        return self.model.encode_image(images, normalize=False)  # type: ignore[operator, no-any-return]
 
 
 class TextTower(nn.Module):

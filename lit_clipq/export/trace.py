@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from lit_clipq.errors import ConfigError
 from lit_clipq.export.graph import Graph, Port
 from lit_clipq.export.products import Form
+from lit_clipq.nn.integer import Affine
 from lit_clipq.nn.modules import QModule
 
 _FORMS: dict[str, Form] = {}
@@ -147,8 +148,8 @@ class Tracer:
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Value]) -> Value:
         target = str(node.target)
-        arguments = fx.node.map_arg(node.args, lambda n: values[n])
-        options = fx.node.map_arg(node.kwargs, lambda n: values[n])
+        arguments: Any = fx.node.map_arg(node.args, lambda n: values[n])
+        options: Any = fx.node.map_arg(node.kwargs, lambda n: values[n])
         if node.target is operator.getitem:
             return arguments[0][arguments[1]]
         if target == "lit_clipq.layer.default":
@@ -171,9 +172,23 @@ class Tracer:
     def _layer(self, node: fx.Node, inputs: Sequence[Value], name: str) -> Value:
         names = [self.name(value) for value in inputs]
         shapes = [(value.value if isinstance(value, Ref) else value).shape for value in inputs]
-        with self.graph.layer(name, names, shapes) as product:
+        with self.graph.layer(name, names, shapes, meets_grid=self._meets_grid(node)) as product:
             product.output = self.forms[name].emit(self.graph, product, *names)
         return self.result(node, product.output)
+
+    def _meets_grid(self, node: fx.Node) -> bool:
+        """See `Product.meets_grid`."""
+        if len(node.users) != 1:
+            return False
+        (reader,) = node.users
+        if str(reader.target) in ("aten.relu.default", "aten.relu_.default"):
+            return self._meets_grid(reader)
+        if str(reader.target) != "lit_clipq.layer.default":
+            return False
+        inputs: Any = reader.args[0]
+        form, place = self.forms[str(reader.args[1])], list(inputs).index(node)
+        grid = form.grid(form.layer.operands[place]) if form.layer.operands else None
+        return isinstance(grid, Affine) and grid.qmax - grid.qmin == 255
 
 
 def _traced(

@@ -25,6 +25,10 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         "ptq4clip",
         (Equalize(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
     ),
+    "deploy_int8": lambda: Recipe(
+        "deploy_int8",
+        (Equalize(), Grids(softmax="uniform", gelu="uniform"), StartTokens(), Search()),
+    ),
     "ptq4clip_paper": lambda: Recipe(
         "ptq4clip_paper",
         (Grids(softmax="twin", gelu="twin"), Search()),
@@ -38,5 +42,6 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
   products only when asked for.
 - `base_ptq`: the baseline of PTQ4ViT, scales of highest cosine similarity of each product, uniform grids only.
 - `ptq4clip`: twin grids and a Hessian-guided search for all products of both towers, channels equalised first.
-- `ptq4clip_paper`: the same on convolutions and MLPs only, channels as they are.
+- `deploy_int8`: `ptq4clip` with uniform grids everywhere, each product one product of integers; for export at 8 bits.
+- `ptq4clip_paper`: as `ptq4clip`, on convolutions and MLPs only, channels as they are.
 """

@@ -36,7 +36,9 @@ def read_export(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} is damaged and cannot be read as JSON ({error}); export the model again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ModelError(f"{file} does not describe an export of this program; give a folder made by `lit-clipq export`")
+        raise ModelError(
+            f"{file} does not describe an export of this program; give a folder made by `lit-clipq export`"
+        )
     if content.get("format_version") != FORMAT_VERSION:
         raise ModelError(
             f"{file} has format version {content.get('format_version')}, but this version of lit_clipq reads "

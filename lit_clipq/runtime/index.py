@@ -65,7 +65,9 @@ class Index:
             DataError: If there is no picture that can be read.
         """
         root = Path(folder).resolve()
-        found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in picture_suffixes() and path.is_file()]
+        found = [
+            path for path in sorted(root.rglob("*")) if path.suffix.lower() in picture_suffixes() and path.is_file()
+        ]
         paths = [path for path in found if path.resolve().is_relative_to(root)]
         names, unread, rows = [], [f"{path}: leads out of {root}" for path in found if path not in set(paths)], []
         for start in range(0, len(paths), batch_size):
@@ -98,9 +100,7 @@ class Index:
         if fingerprint(model) != self.model:
             raise DataError("this index was made by another export; build it again")
         scores = self.embeddings @ model.embed_texts([text])[0]
-        count = min(count, len(scores))
-        best = np.argpartition(-scores, count - 1)[:count] if count else []
-        ordered = sorted(best, key=lambda i: (-scores[i], i))
+        ordered = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
         return [Hit(self.root / self.names[i], float(scores[i])) for i in ordered]
 
     def save(self, file: Path | str) -> None:
@@ -109,7 +109,9 @@ class Index:
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
         try:
             with os.fdopen(handle, "wb") as out:
-                texts = {key: np.array(getattr(self, key), dtype=np.str_) for key in ("names", "unread")}
+                texts: dict[str, Any] = {
+                    key: np.array(getattr(self, key), dtype=np.str_) for key in ("names", "unread")
+                }
                 np.savez(out, embeddings=self.embeddings, root=str(self.root), model=self.model, **texts)
             Path(temporary).replace(file)
         except BaseException:

@@ -1,6 +1,6 @@
 """Pictures to input, as open_clip's transform does it for evaluation, with Pillow and numpy alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class ImageTransform:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "ImageTransform":
         """Undo `vars`, lists as tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in content.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+        return cls(**values)
 
     def __call__(self, picture: Image.Image) -> Array:
         """Return a picture as float32 (3, H, W)."""
