@@ -12,7 +12,7 @@ from importlib.resources import files
 from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -61,7 +61,7 @@ class ClipQuantCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--quantize.*`, `--results` and `--resume`."""
+        """Add `--quantize.*`, `--results`, `--resume` and `--backend`."""
         from callbacks import Quantize
 
         whole_numbers_first(parser)
@@ -75,6 +75,13 @@ class ClipQuantCLI(LightningCLI):
             default=False,
             help="Go on from the captions that an interrupted run left beside the results.",
         )
+        parser.add_argument(
+            "--backend",
+            type=Literal["torch", "onnxruntime"],
+            default="torch",
+            help="`onnxruntime` evaluates a third time, with the integer products of an export.",
+        )
+        parser.link_arguments("backend", "trainer.backend")
         parser.link_arguments("results", "trainer.results")
         parser.link_arguments("resume", "trainer.resume")
 

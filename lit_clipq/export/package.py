@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,21 +20,18 @@ from lit_clipq.export.inputs import image_transform, write_tokenizer
 from lit_clipq.export.options import ExportOptions
 from lit_clipq.export.parity import OpenSession, TowerParity, compare_products, sqnr
 from lit_clipq.export.products import Form, form_of
-from lit_clipq.export.samples import Samples
-from lit_clipq.export.towers import ImageTower, TextTower
+from lit_clipq.export.samples import Reference, Samples, embeddings
+from lit_clipq.export.towers import ImageTower, TextTower, towers_of
 from lit_clipq.models import LoadedCLIP
 from lit_clipq.nn.integer import NotExportable
 from lit_clipq.nn.modules import Phase, QModule, QWeighted
 from lit_clipq.runtime.folder import PREPROCESS_FILE, TOKENIZER_FILE, TOWER_FILES
-from lit_clipq.runtime.packages import need
 from lit_clipq.runtime.session import open_session
 
 ROOT = "clip"
 _PACKAGES = ("torch", "open_clip_torch", "onnx", "onnxruntime", "tokenizers")
 _SAFE = (-64, 63)
 """Codes of weights whose pair sums never leave 16 bits."""
-Reference = Mapping[str, np.ndarray[Any, Any]]
-"""Embeddings of the float network on `Samples`, by tower."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +47,6 @@ class ExportReport:
     """Layers that were kept float, with the reason."""
     bytes: Mapping[str, int]
     """Sizes of the files."""
-
-
-def embeddings(loaded: LoadedCLIP, samples: Samples) -> Reference:
-    """Return the embeddings of samples by tower, as the network computes them now."""
-    with torch.no_grad():
-        towers = _towers(loaded)
-        return {name: tower(_sample(samples, name)).float().numpy() for name, tower in towers.items()}
 
 
 def export_clip(
@@ -87,13 +76,11 @@ def export_clip(
         ConfigError: A layer that cannot be exported, a missing package, or a target that cannot be written.
         ModelError: If the exported graph does not compute what the network does; nothing is left behind.
     """
-    for module in ("onnx", "onnxruntime", "tokenizers"):
-        need(module, module, "export")
     check_target(options.path, force=options.force)
     forms = _forms(loaded.model, fallback=options.fallback == "float")
     samples = samples or Samples.make(loaded.preprocessing)
     with _kept_float(forms):
-        towers = _towers(loaded)
+        towers = towers_of(loaded)
         fake = embeddings(loaded, samples)
         if reference is None:
             reference = _float_activations(loaded, samples, forms)
@@ -103,9 +90,9 @@ def export_clip(
                 graphs[name] = _write_tower(tower, forms, folder / TOWER_FILES[name])
                 kernels[name] = _kernels(folder / TOWER_FILES[name], graphs[name], forms)
                 with torch.no_grad():
-                    products = compare_products(tower, _sample(samples, name), graphs[name], forms, open_)
+                    products = compare_products(tower, samples.of(name), graphs[name], forms, open_)
                 file = (folder / TOWER_FILES[name]).read_bytes()
-                integer = open_(file).run(None, {tower.port: _sample(samples, name).numpy()})[0]
+                integer = open_(file).run(None, {tower.port: samples.of(name).numpy()})[0]
                 parity[name] = TowerParity(products, sqnr(integer, fake[name]), sqnr(fake[name], reference[name]))
                 parity[name].check(name)
             kept = {name: form.reason for name, form in forms.items() if form.fallback}
@@ -117,17 +104,6 @@ def export_clip(
             sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
             write_content(folder, {**content, **(about or {})})
     return ExportReport(options.path, parity, kernels, kept, sizes)
-
-
-def _towers(loaded: LoadedCLIP) -> dict[str, ImageTower | TextTower]:
-    return {
-        "image": ImageTower(loaded.model).eval(),
-        "text": TextTower(loaded.model, loaded.preprocessing.context_length).eval(),
-    }
-
-
-def _sample(samples: Samples, tower: str) -> torch.Tensor:
-    return samples.images if tower == "image" else samples.tokens
 
 
 def _forms(model: nn.Module, *, fallback: bool) -> dict[str, Form]:

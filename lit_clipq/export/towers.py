@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_clipq.models import LoadedCLIP
 from lit_clipq.models.encode import end_token_tower
 
 
@@ -77,3 +78,9 @@ class TextTower(nn.Module):
             return pooled  # type: ignore[no-any-return]
         projects = isinstance(root.text_projection, nn.Module)
         return root.text_projection(pooled) if projects else pooled @ root.text_projection  # type: ignore[no-any-return]
+
+
+def towers_of(loaded: LoadedCLIP) -> dict[str, ImageTower | TextTower]:
+    """Return both towers of a CLIP by name, `image` and `text`, in eval mode."""
+    text = TextTower(loaded.model, loaded.preprocessing.context_length)
+    return {"image": ImageTower(loaded.model).eval(), "text": text.eval()}

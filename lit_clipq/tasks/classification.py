@@ -14,14 +14,14 @@ from lit_clipq.metrics import TopKAccuracy
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
 from lit_clipq.models.preprocessing import count_cut_texts
-from lit_clipq.tasks.task import ClipTask, datamodule_of
+from lit_clipq.tasks.task import EncodingClipTask, datamodule_of
 
 logger = logging.getLogger(__name__)
 
 Templates = Literal["openai", "simple"] | list[str]
 
 
-class ZeroShotClassification(ClipTask):
+class ZeroShotClassification(EncodingClipTask):
     """Top-k accuracy of the classes whose texts are nearest to the picture.
 
     Before each evaluation the current text tower encodes every prompt; a class is the mean of its prompts' normalised

@@ -8,10 +8,10 @@ from torch import Tensor
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics import RetrievalRecall
 from lit_clipq.models import encode_image, encode_text
-from lit_clipq.tasks.task import ClipTask
+from lit_clipq.tasks.task import EncodingClipTask
 
 
-class Retrieval(ClipTask):
+class Retrieval(EncodingClipTask):
     """Recall@k of image to text and text to image by cosine similarity.
 
     One loader yields `{"images": (B, 3, H, W), "image_ids": int64 (B,)}`, another the distinct captions,
