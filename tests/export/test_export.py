@@ -71,7 +71,7 @@ def test_batch_and_text_length_are_free(twin: Exported, count):
 def test_a_twin_product_is_two_integer_products():
     torch.manual_seed(0)
     linear = torch.nn.Linear(24, 8)
-    weight, grid = UniformQuantizer(8, symmetric=True), TwinGeluQuantizer(8, -0.25)
+    weight, grid = UniformQuantizer(8, symmetric=True, restricted=True), TwinGeluQuantizer(8, -0.25)
     weight.set_range(linear.weight.detach().min(), linear.weight.detach().max())
     grid.positive_step = torch.tensor(2.0**-6)
     values, bias = linear.weight.detach().double().numpy(), linear.bias.detach().double().numpy()
