@@ -1,8 +1,8 @@
 """Exports against float32, both in ONNX Runtime: `python -m benchmarks.integer --model ViT-B-32-quickgelu`.
 
-Weights are random and grids come from the ranges of a few scenes: time depends on neither. Twin grids are put in place of
-the uniform ones by hand for the same reason. All variants of a row are run in turn, one call each, so that other work on
-the machine meets all alike; the ratio is that of medians. The CPU's flags decide: without VNNI integers gain half as much.
+Weights are random and grids come from the ranges of a scene: time depends on neither. Twin grids are put in place of
+the uniform ones by hand for the same reason. All variants of a row are run in turn, one call each, so that other work
+on the machine meets all alike; the ratio is that of medians. The flags of the CPU decide: without VNNI the gain halves.
 Prints a Markdown table.
 """
 
