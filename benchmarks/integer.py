@@ -72,6 +72,10 @@ def build(model: str, folder: Path) -> tuple[dict[str, dict[str, Path]], LoadedC
     """Write every variant of a model; returns files by variant and tower, and the float network."""
     files: dict[str, dict[str, Path]] = {}
     for label, widths in WIDTHS.items():
+        if (folder / f"{label}-text.onnx").is_file():  # written last
+            kept = (label, "W8A8 twin") if label == "W8A8" else (label,)
+            files |= {name: {tower: folder / f"{name}-{tower}.onnx" for tower in ("image", "text")} for name in kept}
+            continue
         loaded = load_clip(model)
         samples = Samples.make(loaded.preprocessing)
         recipe = make_recipe("vanilla", attention_products=True, embeddings=True, bits=BitWidths.resolve(widths, None))
@@ -79,7 +83,7 @@ def build(model: str, folder: Path) -> tuple[dict[str, dict[str, Path]], LoadedC
         files[label] = write(loaded, folder, label)
         if label == "W8A8":
             put_twin_grids(loaded.model)
-            files["W8A8 twin"] = write(loaded, folder, "twin")
+            files["W8A8 twin"] = write(loaded, folder, "W8A8 twin")
         del loaded
         gc.collect()
     loaded = load_clip(model)
@@ -130,7 +134,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=None, help="Where the files stay; by default they vanish.")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="Where files stay, for another run; by default they vanish."
+    )
     chosen = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(chosen.threads)

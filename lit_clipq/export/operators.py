@@ -414,6 +414,63 @@ def _embedding(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     return tracer.result(node, tracer.graph.node("Gather", tracer.name(table), tracer.name(ids), axis=0))
 
 
+@operator("aten.zeros_like.default", "aten.ones_like.default")
+def _filled_like(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+    number = torch.tensor(float("ones" in str(node.target)), dtype=node.meta["val"].dtype)
+    size = tracer.graph.node("Shape", tracer.name(values[0]))
+    return tracer.result(node, tracer.graph.node("Expand", tracer.graph.store(number.numpy(), "number"), size))
+
+
+@operator("aten.expand_as.default")
+def _expand_as(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+    size = tracer.graph.node("Shape", tracer.name(values[1]))
+    return tracer.result(node, tracer.graph.node("Expand", tracer.name(values[0]), size))
+
+
+@operator("aten.gather.default")
+def _gather(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+    x, axis, index = values[:3]
+    y = tracer.graph.node("GatherElements", tracer.name(x), tracer.name(index), axis=axis)
+    return tracer.result(node, y)
+
+
+@operator("aten.index_select.default")
+def _index_select(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+    x, axis, index = values[:3]
+    return tracer.result(node, tracer.graph.node("Gather", tracer.name(x), tracer.name(index), axis=axis))
+
+
+@operator("aten.to.device", "aten.to.dtype_layout", "aten.to.other")
+def _to_device(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+    return tracer.result(node, _as(tracer, values[0], node.meta["val"].dtype))
+
+
+@operator("aten.cumsum.default")
+def _cumsum(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+    x = _as(tracer, values[0], node.meta["val"].dtype)
+    return tracer.result(
+        node, tracer.graph.node("CumSum", x, tracer.graph.store(torch.tensor(values[1]).numpy(), "axis"))
+    )
+
+
+def _filled(name: str, value: float, sizes_at: int) -> None:
+    def emit(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+        number = values[2 if "full" in name and "new" in name else 1] if "full" in name else value
+        kind = node.meta["val"].dtype
+        stored = tracer.graph.store(torch.tensor(number, dtype=kind).numpy(), "number")
+        return tracer.result(node, tracer.graph.node("Expand", stored, tracer.sizes(values[sizes_at])))
+
+    OPERATORS[f"aten.{name}.default"] = emit
+
+
+_filled("new_ones", 1, 1)
+_filled("new_zeros", 0, 1)
+_filled("new_full", 0, 1)
+_filled("ones", 1, 0)
+_filled("zeros", 0, 0)
+_filled("full", 0, 0)
+
+
 @operator("aten.arange.default", "aten.arange.start")
 def _arange(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     start, end = (0, values[0]) if str(node.target).endswith("default") else values[:2]
@@ -432,10 +489,14 @@ def _index(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     if len(places) == 1:
         index = tracer.name(indices[places[0]])
         return tracer.result(node, tracer.graph.node("Gather", tracer.name(x), index, axis=places[0]))
-    if places != list(range(len(places))) or any(_rank(indices[place]) != 1 for place in places):
+    if places != list(range(len(places))) or any(_dtype(indices[place]) == torch.bool for place in places):
         raise ConfigError("an indexing by tensors of this form is not known to the ONNX export")
-    last = tracer.ints(-1)
-    columns = [tracer.graph.node("Unsqueeze", tracer.name(indices[place]), last) for place in places]
+    last, nothing = tracer.ints(-1), tracer.graph.store(torch.tensor(0).numpy(), "nothing")
+    names = [_as(tracer, indices[place], torch.int64) for place in places]
+    zeros = tracer.graph.node("Mul", names[0], nothing)
+    for name in names[1:]:  # of the shape that all of them broadcast to
+        zeros = tracer.graph.node("Add", zeros, tracer.graph.node("Mul", name, nothing))
+    columns = [tracer.graph.node("Unsqueeze", tracer.graph.node("Add", name, zeros), last) for name in names]
     joint = tracer.graph.node("Concat", *columns, axis=-1)
     return tracer.result(node, tracer.graph.node("GatherND", tracer.name(x), joint))
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import lit_clipq
@@ -77,32 +76,31 @@ def export_clip(
         ModelError: If the exported graph does not compute what the network does; nothing is left behind.
     """
     check_target(options.path, force=options.force)
-    forms = _forms(loaded.model, fallback=options.fallback == "float")
+    fallback = options.fallback == "float"
+    forms = _forms(loaded.model, fallback=fallback)
     samples = samples or Samples.make(loaded.preprocessing)
-    with _kept_float(forms):
-        towers = towers_of(loaded)
-        fake = embeddings(loaded, samples)
-        if reference is None:
-            reference = _float_activations(loaded, samples, forms)
-        parity, kernels, graphs = {}, {}, {}
-        with new_folder(options.path) as folder:
+    towers = towers_of(loaded)
+    with new_folder(options.path) as folder:
+        written = {name: _write(tower, forms, folder / TOWER_FILES[name], fallback) for name, tower in towers.items()}
+        kernels = {name: kernels for name, (_, kernels) in written.items()}
+        kept = {name: form.reason for name, form in forms.items() if form.fallback}
+        with _kept_float(forms):
+            fake = embeddings(loaded, samples)
+            reference = reference or _float_activations(loaded, samples, forms)
+            parity = {}
             for name, tower in towers.items():
-                graphs[name] = _write_tower(tower, forms, folder / TOWER_FILES[name])
-                kernels[name] = _kernels(folder / TOWER_FILES[name], graphs[name], forms)
-                with torch.no_grad():
-                    products = compare_products(tower, samples.of(name), graphs[name], forms, open_)
-                file = (folder / TOWER_FILES[name]).read_bytes()
-                integer = open_(file).run(None, {tower.port: samples.of(name).numpy()})[0]
+                products = compare_products(tower, samples.of(name), written[name][0], forms, open_)
+                session = open_((folder / TOWER_FILES[name]).read_bytes())
+                integer = session.run(None, {tower.port: samples.of(name).numpy()})[0]
                 parity[name] = TowerParity(products, sqnr(integer, fake[name]), sqnr(fake[name], reference[name]))
                 parity[name].check(name)
-            kept = {name: form.reason for name, form in forms.items() if form.fallback}
-            content = _content(loaded, towers, parity, kernels, kept, forms)
-            transform = json.dumps(vars(image_transform(loaded)), indent=1)
-            (folder / PREPROCESS_FILE).write_text(transform + "\n", encoding="utf-8")
-            content["tokenizer"] = write_tokenizer(loaded, folder / TOKENIZER_FILE)
-            content["embedding_size"] = int(fake["text"].shape[1])
-            sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-            write_content(folder, {**content, **(about or {})})
+        content = _content(loaded, towers, parity, kernels, kept, forms)
+        transform = json.dumps(vars(image_transform(loaded)), indent=1)
+        (folder / PREPROCESS_FILE).write_text(transform + "\n", encoding="utf-8")
+        content["tokenizer"] = write_tokenizer(loaded, folder / TOKENIZER_FILE)
+        content["embedding_size"] = int(fake["text"].shape[1])
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        write_content(folder, {**content, **(about or {})})
     return ExportReport(options.path, parity, kernels, kept, sizes)
 
 
@@ -174,16 +172,35 @@ def _write_tower(tower: ImageTower | TextTower, forms: Mapping[str, Form], file:
     return tracer.graph
 
 
-def _kernels(file: Path, graph: Any, forms: Mapping[str, Form]) -> dict[str, int]:
-    """Count the kernels of a tower's layers, after checking them."""
-    from lit_clipq.export.kernels import check_kernels, list_kernels
+def _write(
+    tower: ImageTower | TextTower, forms: Mapping[str, Form], file: Path, fallback: bool
+) -> tuple[Any, dict[str, int]]:
+    """Write a tower; returns its graph, and how often each kernel multiplies a layer.
+
+    Where it is allowed, layers for which the runtime has no integer kernel become float, and the tower is written anew.
+    """
+    from lit_clipq.export.kernels import check_kernels
+
+    while True:
+        graph = _write_tower(tower, forms, file)
+        kernels = _kernels(file, graph, forms)
+        wrong = [kernel for kernel in kernels if not kernel.holds]
+        if not (wrong and fallback):
+            check_kernels(kernels)
+            return graph, dict(sorted(Counter(kernel.operator or "Gather" for kernel in kernels).items()))
+        for kernel in wrong:
+            forms[kernel.layer].fallback = True
+            forms[kernel.layer].reason = f"the runtime has no integer kernel for it here ({kernel.operator})"
+
+
+def _kernels(file: Path, graph: Any, forms: Mapping[str, Form]) -> list[Any]:
+    """List the kernels of a tower's layers."""
+    from lit_clipq.export.kernels import list_kernels
 
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         optimised = Path(folder) / "optimised.onnx"
         open_session(file, optimised=optimised)
-        found = list_kernels(optimised, graph.products, {name: form.is_integer for name, form in forms.items()})
-    check_kernels(found)
-    return dict(sorted(Counter(kernel.operator or "Gather" for kernel in found).items()))
+        return list_kernels(optimised, graph.products, {name: form.is_integer for name, form in forms.items()})
 
 
 def _content(

@@ -248,6 +248,15 @@ class WeightedForm(Form):
             return dequantized(graph, stored, scale[..., 0].T, zero[..., 0].T, axis=0, block_size=grid.group_size)
         return dequantized(graph, stored, scale, zero, **({} if grid.axis is None else {"axis": 1}))
 
+    def bias_codes(self, graph: Graph, x: Affine) -> str:
+        """Store the bias in steps of the products, int32: the kernel adds it to its sums. No bias is one of zeros."""
+        grid, bias = cast(Affine, self.weight_grid()), self.layer.bias
+        scale = np.float32(_numpy(x.scale, np.float32) * _numpy(grid.scale, np.float32))
+        values = np.zeros(len(self.codes())) if bias is None else _numpy(bias, np.float64)
+        steps = np.rint(values / scale).clip(-(2**31), 2**31 - 1).astype(np.int32)
+        axis = {} if grid.axis is None else {"axis": 0}
+        return dequantized(graph, graph.store(steps, "bias"), scale, np.zeros(scale.shape, np.int32), **axis)
+
     def biased(self, graph: Graph, y: str) -> str:
         """Add the bias."""
         bias = self.layer.bias
@@ -268,6 +277,12 @@ class LinearForm(WeightedForm):
         """See `Form.emit`."""
         grid = self.grid("input")
         weight = self.matrix(graph, self.weight_grid())
+        flat = len(product.shapes[0]) == 2  # there the runtime joins product and bias, in float unless both are integer
+        if flat and isinstance(grid, Affine) and self.layer.bias is not None and self.is_integer:
+            bias = self.bias_codes(graph, grid)
+            y = graph.node("Gemm", rounded(graph, inputs[0], grid), weight, bias, name=f"{product.name}/Gemm")
+            product.core = graph.nodes[-1].name
+            return y
         x = branches(graph, inputs[0], grid) if isinstance(grid, TwoBranches) else rounded(graph, inputs[0], grid)
         y = graph.node("MatMul", x, weight, name=f"{product.name}/MatMul")
         product.core = graph.nodes[-1].name
@@ -354,7 +369,7 @@ class ConvForm(WeightedForm):
             axis = {} if weights.axis is None else {"axis": 0}
             operands.append(dequantized(graph, self.store_codes(graph, self.codes()), scale, zero, **axis))
         if weights is not None and grid is not None:
-            operands.append(self._bias_codes(graph, np.float32(_numpy(grid.scale, np.float32) * scale), axis))
+            operands.append(self.bias_codes(graph, grid))
         elif layer.bias is not None:
             operands.append(graph.store(_numpy(layer.bias, np.float32), "bias"))
         pads = [*layer.padding, *layer.padding]
@@ -362,13 +377,6 @@ class ConvForm(WeightedForm):
         y = graph.node("Conv", *operands, name=f"{product.name}/Conv", kernel_shape=layer.kernel_size, **options)
         product.core = graph.nodes[-1].name
         return y
-
-    def _bias_codes(self, graph: Graph, scale: Array, axis: dict[str, int]) -> str:
-        """Store the bias in steps of the products, int32: the kernel adds it to its sums."""
-        bias = self.layer.bias
-        values = np.zeros(self.layer.out_channels) if bias is None else _numpy(bias, np.float64)
-        steps = np.rint(values / scale).clip(-(2**31), 2**31 - 1).astype(np.int32)
-        return dequantized(graph, graph.store(steps, "bias"), scale, np.zeros(scale.shape, np.int32), **axis)
 
 
 @form(QMatMul)

@@ -97,7 +97,7 @@ def test_few_bits_are_stored_in_half_a_byte(bits):
     grid.set_range(torch.tensor(-3.0), torch.tensor(3.0))
     layer = QLinear(linear, weight, grid)
     layer.freeze()
-    x = torch.randn(4, 16)
+    x = torch.randn(2, 2, 16)
     graph = graph_of(layer, x)
     stored = next(tensor for name, tensor in graph.stored.items() if name.endswith("weight"))
     assert stored.data_type == TensorProto.INT4
@@ -152,7 +152,7 @@ def test_parity_fails_in_a_session_that_saturates_unless_weights_have_seven_bits
     grid.set_range(torch.tensor(-1.0), torch.tensor(3.0))
     layer = QLinear(linear, weight, grid)
     layer.freeze()
-    x = torch.randn(4, 64) + 1
+    x = torch.randn(2, 2, 64) + 1
     graph = graph_of(layer, x)
     found = compare_products(layer, x, graph, {"layer": form_of(layer)}, saturating_session)
     assert (found["layer"] < PRODUCT_DB) == fails
