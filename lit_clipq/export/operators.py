@@ -123,7 +123,7 @@ for _names, _onnx in (
     (("aten.ge.Scalar", "aten.ge.Tensor"), "GreaterOrEqual"),
     (("aten.le.Scalar", "aten.le.Tensor"), "LessOrEqual"),
     (("aten.matmul.default", "aten.bmm.default"), "MatMul"),
-    (("aten.logical_and.default", "aten.bitwise_and.Tensor"), "And"),
+    (("aten.logical_and.default", "aten.bitwise_and.Tensor", "aten.__and__.Tensor"), "And"),
 ):
     _binary(_names, _onnx)
 

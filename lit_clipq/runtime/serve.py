@@ -46,6 +46,8 @@ document.querySelector("form").addEventListener("submit", async event => {
     figure.append(image, caption); hits.append(figure);
   }
 });
+const asked = new URLSearchParams(location.search).get("text");  // a search can be linked to: /?text=
+if (asked) { document.getElementById("text").value = asked; document.querySelector("form").requestSubmit(); }
 </script></body></html>"""
 
 
