@@ -217,6 +217,11 @@ def _silu(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     return tracer.result(node, tracer.graph.node("Mul", x, tracer.graph.node("Sigmoid", x)))
 
 
+@operator("aten.rsqrt.default")
+def _rsqrt(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
+    return tracer.result(node, tracer.graph.node("Reciprocal", tracer.graph.node("Sqrt", tracer.name(values[0]))))
+
+
 @operator("aten.avg_pool2d.default")
 def _avg_pool(tracer: Tracer, node: fx.Node, values: Sequence[Value]) -> Value:
     x, kernel, stride, padding, ceil, counts_padding, divisor = values[:7]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from benchmarks.families import FAMILIES, enliven, sample, small_config
 from lit_clipq import load_clip, quantize
 from lit_clipq.errors import ConfigError, ModelError
-from lit_clipq.export import ExportOptions, Samples, export_clip
+from lit_clipq.export import ExportOptions, Samples, embeddings, export_clip
 from lit_clipq.export.graph import Graph
 from lit_clipq.export.kernels import Kernel, check_kernels
 from lit_clipq.export.parity import PRODUCT_DB, compare_products, product_model, sqnr
@@ -214,6 +215,21 @@ def test_a_product_in_float_is_named():
 def test_options_are_checked():
     with pytest.raises(ConfigError, match=r"--export\.fallback must be refuse or float, got 'int'"):
         ExportOptions(fallback="int")
+
+
+@pytest.mark.parametrize(("title", "kept"), [("SigLIP", 0), ("ConvNeXt", 4)])
+def test_towers_of_other_families_export(title, kept, tmp_path):
+    family = next(family for family in FAMILIES if family.title == title)
+    loaded = load_clip(str(small_config(family, tmp_path)))
+    enliven(loaded.model)
+    samples = Samples(*sample(loaded.model, 8))
+    reference = embeddings(loaded, samples)
+    recipe = make_recipe("vanilla", attention_products=True)
+    quantize(loaded.model, [(samples.images[:4], samples.tokens[:4])], recipe)
+    options = ExportOptions(str(tmp_path / "new"), fallback="float")
+    report = export_clip(loaded, options, reference=reference, samples=samples)
+    assert len(report.kept_float) == kept  # depthwise convolutions in front of a LayerNorm
+    assert all(name.endswith("conv_dw") for name in report.kept_float)
 
 
 @pytest.mark.slow
