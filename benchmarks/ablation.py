@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.quality import METRICS, cell, run
+from benchmarks.quality import METRICS, Run, cell, result
 
 VARIANTS = {
     "as shipped": [],
@@ -50,7 +50,12 @@ VARIANTS = {
 REFERENCE = "reference weighting"
 
 
-def self_divergence_gradient(image: Tensor, text: Tensor, temperature: float, seed: int) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def self_divergence_gradient(
+    image: Tensor,
+    text: Tensor,
+    temperature: float,
+    *_: int,
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of KL(p || p) of the image-text softmax by the embeddings, in float32: rounding noise."""
     with torch.enable_grad():
         image, text = (x.float().detach().requires_grad_() for x in (image, text))
@@ -78,21 +83,23 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=["mini-vit", "mini-resnet"])
     parser.add_argument("--tasks", nargs="+", default=list(METRICS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--width", default="W4A4")
+    parser.add_argument("--width", default="w4a4")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--preset", default="full")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     o = parser.parse_args(args)
     names = [(task, metric) for task in o.tasks for metric in METRICS[task]]
     for model in o.models:
-        print(f"\n**{model}, ptq4clip {o.width}** ({o.preset}, {o.seeds} seeds; difference to float in points)\n")
+        print(
+            f"\n**{model}, ptq4clip {o.width.upper()}** ({o.preset}, {o.seeds} seeds; difference to float in points)\n"
+        )
         print("| variant | " + " | ".join(metric for _, metric in names) + " |\n|---|" + "---|" * len(names))
         for variant in o.variants:
             folder = o.out / "reference" if variant == REFERENCE else o.out
             with weighing(variant):
                 results = {
                     task: [
-                        run(folder, model, task, "ptq4clip", o.width, seed, o.preset, VARIANTS[variant])
+                        result(Run(model, task, "ptq4clip", o.width, seed, o.preset, tuple(VARIANTS[variant])), folder)
                         for seed in range(o.seeds)
                     ]
                     for task in o.tasks

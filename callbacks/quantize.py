@@ -1,7 +1,7 @@
 """Quantize a task's networks when Lightning is about to evaluate or to train."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
@@ -16,7 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lit_clipq.api import QuantizationReport, Quantized, preview, quantize_many
 from lit_clipq.checkpoint import Artefact, ModelIdentity, check_target, identify, read_artefact, save_quantized
-from lit_clipq.contracts import CalibrationBatch, CalibrationData, QuantizableTask, Quantizing, RunningTrainer, require
+from lit_clipq.contracts import (
+    Calibrating,
+    CalibrationBatch,
+    CalibrationData,
+    QuantizableTask,
+    Quantizing,
+    RunningTrainer,
+    require,
+)
 from lit_clipq.errors import ConfigError
 from lit_clipq.recipes import BitWidths, Recipe, compose, make_recipe
 
@@ -127,6 +135,8 @@ class Quantize(pl.Callback):
         self.memory_limit_gb = memory_limit_gb
         self.dry_run = dry_run
         self.paused = False
+        self.swept = False
+        self._given = given
         self.report: QuantizationReport | None = None
         self._quantized: Quantized | None = None
 
@@ -186,6 +196,68 @@ class Quantize(pl.Callback):
         drawn = (self.calibration_samples, self.calibration_batch_size, self.seed)
         return repr((self.recipe, drawn, artefact))
 
+    # What a sweep asks for
+
+    def check_sweepable(self) -> None:
+        """Refuse options that mean nothing for a sweep.
+
+        Raises:
+            ConfigError: For a model to load or to save, and a dry run.
+        """
+        for name in ("load", "save", "dry_run"):
+            if self._given[name]:
+                raise ConfigError(
+                    f"a sweep quantizes every point itself and keeps none of them: leave out --quantize.{name}"
+                )
+
+    def at(self, **changes: Any) -> "Quantize":
+        """Return a callback with other options, by name."""
+        return Quantize(**{**self._given, **changes})
+
+    def recipe_for(self, task: QuantizableTask, /) -> Recipe:
+        """Return the recipe without the layers that a task has and does not use.
+
+        Raises:
+            ConfigError: Where there is no recipe.
+        """
+        if self.recipe is None:
+            raise ConfigError("expected a recipe, got none; give --quantize.recipe")
+        self._choose_roots(task)
+        return _for_task(self.recipe, task)
+
+    def calibrate(
+        self,
+        trainer: pl.Trainer,
+        task: QuantizableTask,
+        recipes: Sequence[Recipe],
+        progress: Callable[[str, int, int], None],
+    ) -> list[Quantized]:
+        """Calibrate the networks of a task for several recipes at once.
+
+        Args:
+            trainer: Of the run; its data module has the calibration pictures.
+            task: On its device.
+            recipes: Of `recipe_for`.
+            progress: Told the name of each layer that is done, how many are, and of how many.
+
+        Returns:
+            One quantized form for each recipe; the network stays float.
+        """
+
+        def forward(batch: CalibrationBatch) -> Any:
+            return task.calibration_forward(move_data_to_device(batch, task.device))
+
+        with torch.inference_mode(False), torch.enable_grad():
+            return quantize_many(
+                task.roots(),
+                self._calibration_batches(trainer),
+                recipes,
+                forward=forward,
+                dry_run=self.dry_run,
+                memory_limit_bytes=None if self.memory_limit_gb is None else int(self.memory_limit_gb * 1e9),
+                progress=progress,
+            )
+
     def _choose_roots(self, pl_module: QuantizableTask) -> None:
         """Let a task with networks that are quantized on demand know which patterns the run has."""
         if self.recipe is not None:
@@ -231,7 +303,7 @@ class Quantize(pl.Callback):
         self._apply(trainer, pl_module)
 
     def _apply(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not self.active or self.report is not None or self.recipe is None:
+        if self.swept or not self.active or self.report is not None or self.recipe is None:
             return
         pl_module = require(module, QuantizableTask)
         if trainer.state.fn != TrainerFn.FITTING:
@@ -243,25 +315,13 @@ class Quantize(pl.Callback):
             return
         self._check_kept(pl_module)  # a checkpoint may have brought a head
         recipe = _for_task(self.recipe, pl_module)
-        batches = self._calibration_batches(trainer)
         if self.paused:  # the float pass begins: tell now what would fail after it
+            self._calibration_batches(trainer)
             preview(pl_module.roots(), recipe)
             return
         identity = _identify(pl_module) if self.save is not None and trainer.is_global_zero else None
-
-        def forward(batch: CalibrationBatch) -> Any:
-            return pl_module.calibration_forward(move_data_to_device(batch, pl_module.device))
-
-        with torch.inference_mode(False), torch.enable_grad(), _progress(trainer) as progress:
-            (quantized,) = quantize_many(
-                pl_module.roots(),
-                batches,
-                [recipe],
-                forward=forward,
-                dry_run=self.dry_run,
-                memory_limit_bytes=None if self.memory_limit_gb is None else int(self.memory_limit_gb * 1e9),
-                progress=progress,
-            )
+        with torch.inference_mode(False), _progress(trainer) as progress:
+            (quantized,) = self.calibrate(trainer, pl_module, [recipe], progress)
             quantized.install()
         self.report = quantized.report
         if trainer.state.fn != TrainerFn.FITTING:
@@ -341,6 +401,6 @@ DECIDED_BY_ARTEFACT = tuple(name for name in signature(Quantize).parameters if n
 
 if TYPE_CHECKING:
 
-    def _fulfils(callback: Quantize) -> Quantizing[Recipe, QuantizationReport]:
+    def _fulfils(callback: Quantize) -> tuple[Quantizing[Recipe, QuantizationReport], Calibrating[Recipe]]:
         """Hold the callback against what the Trainer asks of it."""
-        return callback
+        return callback, callback

@@ -10,6 +10,7 @@ from datamodules.captioning import (
 from datamodules.coco import CocoRetrieval
 from datamodules.datamodule import QuantDataModule
 from datamodules.flickr import Flickr8kRetrieval, Flickr30kRetrieval
+from datamodules.folder import PictureFolder
 from datamodules.imagenet import ImageFolderClassification, ImageNetV2
 from datamodules.mini import MiniClassification, MiniPretrain, MiniRetrieval, MiniVQA
 from datamodules.vqa import VQAv2
@@ -29,6 +30,7 @@ __all__ = [
     "MiniPretrain",
     "MiniRetrieval",
     "MiniVQA",
+    "PictureFolder",
     "QuantDataModule",
     "VQAv2",
 ]

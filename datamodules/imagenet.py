@@ -14,7 +14,7 @@ from datamodules.captions import find_folder, read_json
 from datamodules.datamodule import QuantDataModule, task_of
 from datamodules.download import IMAGENET_V2, Archive
 from datamodules.images import Picture, by_composition, composed, describe_unread, list_pictures
-from lit_clipq.contracts import ClassData, OffersTemplates
+from lit_clipq.contracts import ClassData, NamedSamples, OffersTemplates
 from lit_clipq.errors import ConfigError, DataError
 
 WNID = re.compile(r"n\d{8}")
@@ -109,6 +109,14 @@ class ClassificationDataModule(QuantDataModule):
         prompts = [templates[t].replace("{}", self.class_names[c]) for c, t in zip(classes, chosen, strict=True)]
         return self.checked_preprocessing().tokenizer(prompts)
 
+    def picture_file(self, image_id: int) -> Path:
+        """Return the file of an evaluated picture."""
+        return self.pictures[image_id].path
+
+    def text_of(self, text_id: int) -> str:
+        """Return the name of a class."""
+        return self.class_names[text_id]
+
     def sample_counts(self) -> dict[str, int]:
         """Return the counts of pictures and classes."""
         return {**super().sample_counts(), "classes": len(self.class_names)}
@@ -120,9 +128,9 @@ class ClassificationDataModule(QuantDataModule):
 
 if TYPE_CHECKING:
 
-    def _fulfils(data: ClassificationDataModule) -> ClassData:
-        """Let the type checker hold the class against its contract."""
-        return data
+    def _fulfils(data: ClassificationDataModule) -> tuple[ClassData, NamedSamples]:
+        """Let the type checker hold the class against its contracts."""
+        return data, data
 
 
 class ImageNetV2(ClassificationDataModule):

@@ -1,8 +1,9 @@
 """Image-text retrieval: pictures in one loader, distinct captions in another, and who belongs to whom."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.captioned import CaptionedDataModule
 from datamodules.images import EvaluationDataset, Picture
 from datamodules.sampler import shard
-from lit_clipq.contracts import Preprocessing
+from lit_clipq.contracts import NamedSamples, Preprocessing
 from lit_clipq.errors import DataError
 
 
@@ -22,13 +23,14 @@ class CaptionDataset(Dataset):
 
     Args:
         tokens: Tokens of the distinct captions, int64 (T, L).
-        lengths: Length of each, (T,); samples are in ascending order of it.
+        lengths: Length of each, (T,); samples are in ascending order of it, `order` of the captions given.
         owners: For each distinct caption the indices of its pictures, one entry per caption, so that a picture may
             occur twice.
     """
 
     def __init__(self, tokens: Tensor, lengths: Tensor, owners: Sequence[Sequence[int]]) -> None:
         order = torch.argsort(lengths, stable=True)
+        self.order = order
         self.tokens = tokens[order]
         self.owners = [torch.tensor(owners[index], dtype=torch.int64) for index in order.tolist()]
 
@@ -58,6 +60,8 @@ class RetrievalDataModule(CaptionedDataModule):
 
     captions: CaptionDataset | None = None
     _cut: Mapping[str, int] = MappingProxyType({})
+    _texts: Sequence[str] = ()  # those that the loaders number now
+    _all_texts: Sequence[str] = ()
 
     def setup(self, stage: str | None = None) -> None:
         """Check the pictures and tokenise each distinct caption once.
@@ -69,7 +73,10 @@ class RetrievalDataModule(CaptionedDataModule):
         if self.captions is None:
             owners = self._owners(range(len(self.pictures)))
             tokens = self.checked_preprocessing().tokenizer(list(owners))
-            self.captions = CaptionDataset(tokens, token_lengths(tokens), list(owners.values()))
+            lengths = token_lengths(tokens)
+            self.captions = CaptionDataset(tokens, lengths, list(owners.values()))
+            distinct = list(owners)
+            self._texts = self._all_texts = [distinct[i] for i in self.captions.order.tolist()]
             self._cut = self.cut_counts([caption for picture in self.pictures for caption in picture.captions])
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -80,8 +87,17 @@ class RetrievalDataModule(CaptionedDataModule):
         if isinstance(limit, int) or limit < 1:
             data = self._within(limit)
             return [self.loader(data, collate_fn=data.collate)]
+        self._texts = self._all_texts
         texts = self.loader(self.captions, workers=0, collate_fn=self.captions.collate)
         return [super().val_dataloader(), texts]
+
+    def picture_file(self, image_id: int) -> Path:
+        """Return the file of an evaluated picture."""
+        return self.pictures[image_id].path
+
+    def text_of(self, text_id: int) -> str:
+        """Return an evaluated caption."""
+        return self._texts[text_id]
 
     def _owners(self, indices: Iterable[int]) -> dict[str, list[int]]:
         """Distinct captions of some pictures, each with the indices of its pictures, one entry per caption."""
@@ -100,12 +116,20 @@ class RetrievalDataModule(CaptionedDataModule):
             evaluated |= set(own[: (limit if isinstance(limit, int) else int(batches * limit)) * self.batch_size])
         owners = self._owners(sorted(evaluated))
         data = EvaluationDataset(self.pictures, self.checked_preprocessing().image)
+        self._texts = list(owners)
         return CaptionedPictures(data, self.pictures, owners, self.checked_preprocessing())
 
     def sample_counts(self) -> dict[str, int]:
         """Return the counts of pictures, captions, distinct captions and captions that are cut."""
         distinct = 0 if self.captions is None else len(self.captions)
         return {**super().sample_counts(), "distinct_captions": distinct, **self._cut}
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(data: RetrievalDataModule) -> NamedSamples:
+        """Let the type checker hold the class against its contract."""
+        return data
 
 
 class CaptionedPictures(Dataset):

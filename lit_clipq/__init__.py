@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
+    "analyze",
     "identify",
     "load_clip",
     "load_quantized",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "analyze": "lit_clipq.sensitivity",
     "identify": "lit_clipq.checkpoint",
     "load_clip": "lit_clipq.models",
     "load_quantized": "lit_clipq.checkpoint",

@@ -27,8 +27,17 @@ from lit_clipq.nn.size import stored_bytes
 from lit_clipq.nn.swap import Layer, QuantizationMap, find_layers, towers
 from lit_clipq.recipes import Recipe
 from lit_clipq.recipes.widths import TOWERS
+from lit_clipq.stages.blocks import block_steps, has_block_stages
 from lit_clipq.stages.draft import Draft
-from lit_clipq.stages.schedule import asked, blocks_side_by_side, needs_one_draft, prepare, visit, whole_passes
+from lit_clipq.stages.schedule import (
+    asked,
+    blocks_side_by_side,
+    layer_stages,
+    needs_one_draft,
+    prepare,
+    visit,
+    whole_passes,
+)
 from lit_clipq.text_lengths import TextLengths, Texts
 
 log = logging.getLogger(__name__)
@@ -83,6 +92,17 @@ class Quantized:
 
     def __init__(self, draft: Draft | None, report: QuantizationReport) -> None:
         self._draft, self.report = draft, report
+
+    @property
+    def draft(self) -> Draft:
+        """The finished draft that it is made of.
+
+        Raises:
+            ConfigError: If nothing was to be quantized.
+        """
+        if self._draft is None:
+            raise ConfigError("nothing was quantized: all widths are 32 bits; give less")
+        return self._draft
 
     def install(self) -> None:
         """Make the network the quantized one; another form of the same network must not be in place."""
@@ -238,12 +258,29 @@ def preview(model: nn.Module | Mapping[str, nn.Module], recipe: Recipe) -> Quant
     Raises:
         ConfigError: For a pattern that matches nothing, or a layer that a stage cannot serve.
     """
+    return planner(model)(recipe)
+
+
+def planner(model: nn.Module | Mapping[str, nn.Module]) -> Callable[[Recipe], QuantizationMap]:
+    """Return what does the same as `preview` for any number of recipes, from one look at the model.
+
+    Args:
+        model: As for `quantize`.
+    """
     roots = dict(model) if isinstance(model, Mapping) else {"clip": model}
     with torch.inference_mode(False):
         shells = {name: copy.deepcopy(root).to("meta").eval() for name, root in roots.items()}
         for shell in shells.values():
             make_explicit(shell)
-        return recipe.plan(find_layers(shells))
+        layers = find_layers(shells)
+
+    def planned(recipe: Recipe) -> QuantizationMap:
+        plan = recipe.plan(layers)
+        for stage in recipe.stages:
+            stage.check_networks(plan, shells)
+        return plan
+
+    return planned
 
 
 @dataclass
@@ -309,6 +346,8 @@ class _Work:
         planned = recipe.plan(self.layers)
         if not planned.quantized:
             raise ConfigError(f"no layer is left to quantize, {planned.entries[0].name}: {planned.entries[0].reason}")
+        for stage in recipe.stages:
+            stage.check_networks(planned, self.roots)
         if self.cost is None:
             self.cost = _measure(self.roots, self.layers, self.data)
         planned = self._without_unreached(planned.with_macs(self.cost.macs))
@@ -387,7 +426,7 @@ class _Work:
             self.roots,
             self.layers,
             self.data,
-            Budget(self.cost, self.most, self.memory_limit_bytes, rows),
+            Budget(self.cost, self.most, self.memory_limit_bytes, rows, self._beside([r for r, _ in members])),
             recipe.collection(plan, self.layers, text_rule=self.text_rule),
             self.text_rule,
         )
@@ -406,7 +445,7 @@ class _Work:
                 None if dry_run else draft,
                 QuantizationReport(
                     recipe=recipe.name,
-                    map=plan,
+                    map=draft.plan,
                     seconds=0.0,
                     float_bytes=float_bytes,
                     quantized_bytes=float_bytes if dry_run else _bytes_of(draft),
@@ -418,8 +457,13 @@ class _Work:
                     structure=tuple(draft.structure),
                 ),
             )
-            for draft, (recipe, plan), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
+            for draft, (recipe, _), (memory_bytes, passes) in zip(drafts, members, footprints, strict=True)
         ]
+
+    def _beside(self, recipes: Sequence[Recipe]) -> dict[str, int]:
+        """Return what fitting each layer takes besides copies of what it saw: the most that any of the stages does."""
+        stages = [stage for recipe in recipes for stage in layer_stages(recipe.stages)]
+        return {layer.name: max((s.workspace_bytes(layer) for s in stages), default=0) for layer in self.layers}
 
     def _footprint(self, recipe: Recipe, plan: QuantizationMap, session: Session) -> tuple[int, int]:
         """Predict (bytes stored beside the model, passes over the calibration set).
@@ -428,6 +472,8 @@ class _Work:
             CalibrationError: If the memory limit is below what is needed.
         """
         needs, passes = asked(recipe.stages), whole_passes(recipe.stages, fisher=recipe.objective == "fisher")
+        if has_block_stages(recipe.stages):
+            passes += len(block_steps(session.searched(plan), {layer.name: layer.tower for layer in self.layers}))
         if Need.OPERANDS in needs:
             storage = session.collection.storage(gradients=Need.GRADIENTS in needs)
             groups = session.budget.groups(session.searched(plan), storage)

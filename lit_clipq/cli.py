@@ -3,16 +3,20 @@
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from importlib.resources import files
 from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast, get_args
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,9 +24,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from lit_clipq.analysis.comparison import comparison_table, map_table
+from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.contracts import TrainingData
 from lit_clipq.errors import ConfigError, LitClipqError
+from lit_clipq.sensitivity import analysis_table
 from lit_clipq.trainer import QuantTrainer, spawning_refused
 
 SPAWNING = re.compile(r"spawn|fork|notebook")
@@ -58,7 +64,21 @@ class ClipQuantCLI(LightningCLI):
             "validate": own,
             "test": own,
             "export": {"model", "datamodule"},
+            "sweep": {"model", "datamodule"},
+            "analyze": own,
         }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "sweep":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = self.init_parser(**kwargs)
+        self._add_arguments(parser)
+        skip: set[str | int] = set(self.subcommands()[subcommand])
+        # The method has the name of its group of options, so that it cannot be a group itself.
+        added = parser.add_method_arguments(klass, subcommand, as_group=False, skip=skip)
+        self._subcommand_method_arguments[subcommand] = added
+        parser.set_defaults({"results": "results.jsonl"})
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--quantize.*`, `--results`, `--resume` and `--backend`."""
@@ -89,6 +109,7 @@ class ClipQuantCLI(LightningCLI):
         """Parse; a `--quantize.load` takes the place of the recipes and widths that configuration files name."""
         from callbacks.quantize import DECIDED_BY_ARTEFACT
 
+        self._args = [str(arg) for arg in args]
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
@@ -96,9 +117,12 @@ class ClipQuantCLI(LightningCLI):
         strategy = self.config[self.config.subcommand].trainer.get("strategy")
         if isinstance(strategy, str) and SPAWNING.search(strategy):
             raise ConfigError(spawning_refused(strategy))  # before model and data are made
+        given = {str(arg).partition("=")[0] for arg in args}
+        if self.config.subcommand == "analyze" and "--results" not in given:
+            chosen = self.config[self.config.subcommand]  # an analysis does not take the place of a result
+            chosen.results = chosen.trainer.results = "analysis.json"
         options = self.config[self.config.subcommand].get("quantize")
         if options is not None and options.load is not None:
-            given = {str(arg).partition("=")[0] for arg in args}
             for name in DECIDED_BY_ARTEFACT:
                 if f"--quantize.{name}" not in given:
                     options[name] = None
@@ -110,6 +134,8 @@ class ClipQuantCLI(LightningCLI):
         """Make the Trainer; what Lightning says about its options is this program's own kind of error."""
         if self.subcommand != "fit":
             kwargs["logger"] = False  # the record of an evaluation is its results file
+        if self.subcommand == "sweep":
+            kwargs["enable_progress_bar"] = False  # a sweep has one of its own
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
@@ -148,6 +174,29 @@ class ClipQuantCLI(LightningCLI):
         """Print the comparison."""
         self._print_comparison()
 
+    def before_sweep(self) -> None:
+        """Tell the Trainer the command: for the records, and for Ray's workers."""
+        trainer = cast(QuantTrainer, self.trainer)
+        trainer.command = command_of(self._args)
+        trainer.sweep_worker = measure_points, self._args
+
+    def after_sweep(self) -> None:
+        """Say where the points are."""
+        trainer = cast(QuantTrainer, self.trainer)
+        console().print(f"written to {trainer.swept}", style="dim", highlight=False)
+
+    def after_analyze(self) -> None:
+        """Print the most sensitive layers, the farthest outliers, and what to paste."""
+        trainer = cast(QuantTrainer, self.trainer)
+        if trainer.is_global_zero and trainer.analysis is not None:
+            console().print(analysis_table(trainer.analysis.rows, trainer.analysis.ranges))
+            share = 100 * trainer.analysis.share
+            note = f"The fewest layers, and the fewest operands, that make {share:.0f} % of a tower's predicted error:"
+            console().print(note, highlight=False)
+            console().print(trainer.analysis.patterns.as_yaml(), highlight=False, markup=False, soft_wrap=True)
+            told = f"written to {trainer.results}; a picture over depth: lit-clipq report {trainer.results}"
+            console().print(told, style="dim", highlight=False, soft_wrap=True)
+
     def _print_comparison(self) -> None:
         trainer = cast(QuantTrainer, self.trainer)
         if trainer.is_global_zero and trainer.comparison is not None:
@@ -157,13 +206,20 @@ class ClipQuantCLI(LightningCLI):
                 console().print(f"pictures with captions in {trainer.page}", style="dim", highlight=False)
 
 
+CLI = TypeVar("CLI", bound=ClipQuantCLI)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 after an error that is told in one line, 130 if interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     _quieten()
+    given = list(sys.argv[1:] if args is None else args)
     try:
         _check_neighbours()
-        _run(resolve_configs(list(sys.argv[1:] if args is None else args)))
+        if given[:1] == ["report"]:
+            _report(given[1:])
+        else:
+            _run(resolve_configs(given))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return 130
@@ -176,27 +232,117 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _make(kind: type[CLI], args: list[str]) -> CLI:
+    return kind(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=FitConfig,
+        save_config_kwargs={"overwrite": True},
+        trainer_class=QuantTrainer,
+        trainer_defaults={"use_distributed_sampler": False},
+        seed_everything_default=False,
+        auto_configure_optimizers=False,
+        parser_class=Parser,
+        args=args,
+    )
+
+
 def _run(args: list[str]) -> None:
     from callbacks.quantize import DryRunComplete  # not before it is known to be this project's
 
     try:
-        ClipQuantCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=FitConfig,
-            save_config_kwargs={"overwrite": True},
-            trainer_class=QuantTrainer,
-            trainer_defaults={"use_distributed_sampler": False},
-            seed_everything_default=False,
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            args=args,
-        )
+        _make(ClipQuantCLI, args)
     except DryRunComplete as done:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             _print_plan(done.report)
+
+
+def command_of(args: Sequence[str]) -> str:
+    """Return the command line of a sweep without what does not decide its numbers: where they are measured and kept."""
+    kept, skip = [], False
+    for arg in args:
+        own = re.match(r"--(results|sweep\.(engine|address|workers|retries|shard|mix))(=|$)", arg)
+        if not skip and own is None:
+            kept.append(arg)
+        skip = own is not None and own.group(3) == ""
+    return shlex.join(["lightning", *kept])
+
+
+class WorkerCLI(ClipQuantCLI):
+    """Makes model, data and Trainer of a command line, and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Leave it to whoever made this."""
+
+    def measure(self, points: list[str], baseline: PointRecord | None, keep: Callable[[PointRecord], None]) -> None:
+        """Measure points of a sweep."""
+        self.before_sweep()
+        options = self._prepare_subcommand_kwargs("sweep")
+        cast(QuantTrainer, self.trainer).measure_points(
+            **{"datamodule": None, **options}, points=points, baseline=baseline, keep=keep
+        )
+
+
+def measure_points(args: list[str], points: list[str], baseline: str | None, folder: str) -> Iterator[str]:
+    """Measure points of a sweep, or the float network alone; what a Ray worker does.
+
+    Args:
+        args: The command line of the sweep.
+        points: Ids.
+        baseline: Line of the float network, where it is measured.
+        folder: Where the sweep was started; the worker goes there, if there is such a folder on its machine.
+
+    Yields:
+        Lines of the results file, as soon as they are measured.
+    """
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    _quieten()
+    lines: SimpleQueue[str | BaseException | None] = SimpleQueue()
+
+    def measure() -> None:
+        try:
+            known = None if baseline is None else PointRecord.from_line(baseline)
+            cli = _make(WorkerCLI, args)
+            cli.measure(points, known, lambda record: lines.put(record.to_line()))
+        except BaseException as error:  # handed to the thread that waits for lines
+            lines.put(_own_error(error) or error)
+        else:
+            lines.put(None)
+
+    Thread(target=measure, daemon=True).start()
+    while (line := lines.get()) is not None:
+        if isinstance(line, BaseException):
+            raise line
+        yield line
+
+
+def _report(args: Sequence[str]) -> None:
+    """Write the report of results that are there."""
+    from lit_clipq.report import write_report
+
+    parser = Words(prog="lit-clipq report", description="One page, figures and tables from the results of any runs.")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="results.json, results.jsonl, analysis.json, or folders"
+    )
+    parser.add_argument("--out", default="report", metavar="FOLDER", help="where the files go; default: report")
+    options = parser.parse_args(args)
+    report = write_report(options.paths, options.out)
+    for problem in report.problems:
+        console().print(f"left out: {problem}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    console().print(
+        f"{report.points} networks, {len(report.files)} files; open {report.page}", highlight=False, markup=False
+    )
+
+
+class Words(ArgumentParser):
+    """A parser of words that needs no configuration; what it refuses is this program's own kind of error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as a `ConfigError`."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def resolve_configs(args: Sequence[str]) -> list[str]:

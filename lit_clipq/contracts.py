@@ -9,10 +9,10 @@ sentence what it lacks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from lit_clipq.errors import CalibrationError, ConfigError, DataError, LitClipqE
 if TYPE_CHECKING:
     from PIL import Image
 
+TowerOutputs = Mapping[str, Tensor]
+"""What a tower made of one batch, and what scoring needs of the batch beside it (ids, labels), by name."""
 CalibrationBatch = tuple[Tensor | None, Tensor | None]
 """Pictures float (B, 3, H, W) and tokens int64 (B, L); either may be absent."""
 Split = Literal["train", "val"]
@@ -29,6 +31,7 @@ Split = Literal["train", "val"]
 
 RecipeT_co = TypeVar("RecipeT_co", covariant=True)
 ReportT_co = TypeVar("ReportT_co", covariant=True)
+RecipeT = TypeVar("RecipeT")
 ContractT = TypeVar("ContractT")
 
 
@@ -162,6 +165,30 @@ Collator = Callable[[Sequence[AskedQuestion]], Mapping[str, object]]
 """Makes a batch of questions."""
 
 
+class EmbeddedSamples(Protocol):
+    """The embeddings of an evaluation: pictures, texts, and which belong together."""
+
+    @property
+    def images(self) -> Tensor:
+        """float32 (n, d)."""
+
+    @property
+    def image_ids(self) -> Tensor:
+        """int64 (n,), ascending."""
+
+    @property
+    def texts(self) -> Tensor:
+        """float32 (m, d)."""
+
+    @property
+    def text_ids(self) -> Tensor:
+        """int64 (m,), ascending."""
+
+    @property
+    def pairs(self) -> Tensor:
+        """int64 (p, 2), rows (position in `texts`, position in `images`)."""
+
+
 class Stateful(Protocol):
     """A network, as far as its state goes."""
 
@@ -285,6 +312,41 @@ class EncodingTask(Protocol):
 
 
 @runtime_checkable
+class EmbeddingTask(Protocol):
+    """A task that compares pictures with texts by their embeddings."""
+
+    keep_embeddings: bool
+    """Whether the coming evaluations keep what `embeddings` returns; set by whoever asks for them."""
+
+    def embeddings(self) -> EmbeddedSamples:
+        """Return those of the evaluation at hand, of all ranks, before its metric is computed; a collective call."""
+
+
+@runtime_checkable
+class TwoTowerTask(Protocol):
+    """A task whose towers, `vision` and `text`, do not meet before what each has made is scored."""
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether scores compare with what the float towers made."""
+
+    def run_towers(self, towers: Collection[str]) -> None:
+        """Let the next evaluation run these towers only, keep what they make, and score nothing."""
+
+    def kept_outputs(self) -> Mapping[str, list[TowerOutputs]]:
+        """Return what the towers made in the last evaluation, by tower and batch; of this process."""
+
+    def score_towers(self, outputs: Mapping[str, Sequence[TowerOutputs]]) -> None:
+        """Score as an evaluation whose towers made this would."""
+
+    def keep_reference(self) -> None:
+        """Compare what is scored from now on with what the towers made in the last evaluation."""
+
+    def forget_reference(self) -> None:
+        """Compare no more; an evaluation of the float network comes next."""
+
+
+@runtime_checkable
 class CaptioningTask(Protocol):
     """A task that writes captions while it evaluates."""
 
@@ -315,6 +377,17 @@ class CountedData(Protocol):
 
 
 @runtime_checkable
+class NamedSamples(Protocol):
+    """Data whose pictures and texts can be shown."""
+
+    def picture_file(self, image_id: int) -> Path:
+        """Return the file of an evaluated picture."""
+
+    def text_of(self, text_id: int) -> str:
+        """Return an evaluated text, a caption or the name of a class."""
+
+
+@runtime_checkable
 class IdentifiedData(Protocol):
     """Data that can be told apart from other data, so that measurements on it may be remembered."""
 
@@ -338,6 +411,15 @@ class ClassData(Protocol):
     @property
     def class_names(self) -> Sequence[str]:
         """Names in the order of the labels."""
+
+
+@runtime_checkable
+class TextData(Protocol):
+    """Pictures that may come with texts."""
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are any."""
 
 
 @runtime_checkable
@@ -401,6 +483,20 @@ class RunningTrainer(Protocol):
 
 
 @runtime_checkable
+class Observing(Protocol):
+    """A callback that looks at the float and the quantized evaluation, and adds to the results.
+
+    The float evaluation then runs, also where its measurement is remembered.
+    """
+
+    section: ClassVar[str]
+    """Under which name the results hold what it saw."""
+
+    def seen(self) -> Mapping[str, Any] | None:
+        """Return what it saw of the last float and quantized evaluation, as plain values; None if nothing."""
+
+
+@runtime_checkable
 class Quantizing(Protocol[RecipeT_co, ReportT_co]):
     """The callback that quantizes, as far as a Trainer needs to know it; `callbacks.Quantize` is one."""
 
@@ -410,6 +506,8 @@ class Quantizing(Protocol[RecipeT_co, ReportT_co]):
     """Whether the coming pass is the float one; set by the Trainer."""
     dry_run: bool
     """Whether the run ends once the plan is made."""
+    swept: bool
+    """Whether a sweep quantizes, and this callback leaves the network alone."""
 
     @property
     def recipe(self) -> RecipeT_co | None:
@@ -438,6 +536,39 @@ class Quantizing(Protocol[RecipeT_co, ReportT_co]):
 
     def quantize_now(self, trainer: Any, task: Any, /) -> None:
         """Quantize, or load the quantized model, outside of any loop."""
+
+
+@runtime_checkable
+class Calibrating(Protocol[RecipeT]):
+    """The callback that quantizes, as far as a sweep needs to know it; `callbacks.Quantize` is one."""
+
+    seed: int
+    """Of the choice of calibration samples."""
+
+    @property
+    def recipe(self) -> RecipeT | None:
+        """The method with its widths; None leaves the network float."""
+
+    def at(self, **changes: Any) -> Calibrating[RecipeT]:
+        """Return a callback with other options, by name."""
+
+    def fingerprint(self) -> str:
+        """Return everything that decides the quantized network beside model and data, as text."""
+
+    def recipe_for(self, task: QuantizableTask, /) -> RecipeT:
+        """Return the recipe without what the task has and does not use."""
+
+    def calibrate(
+        self, trainer: Any, task: QuantizableTask, recipes: Sequence[RecipeT], progress: Callable[[str, int, int], None]
+    ) -> list[Any]:
+        """Calibrate the networks of a task for several recipes at once; returns one quantized form for each."""
+
+    def check_sweepable(self) -> None:
+        """Refuse options that mean nothing for a sweep.
+
+        Raises:
+            ConfigError: Names the option.
+        """
 
 
 # Objects of unknown make

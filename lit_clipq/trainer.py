@@ -4,23 +4,27 @@ import hashlib
 import importlib.metadata
 import logging
 import os
+import shlex
+import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from rich.console import Console
 from torch import distributed as dist
 
 from lit_clipq.analysis.caption_run import CaptionFiles, digest_of
 from lit_clipq.analysis.comparison import Comparison, IntegerResult, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
+from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.contracts import EncodingTask, IdentifiedData, MeasuredTask, Quantizing, require
+from lit_clipq.contracts import EncodingTask, IdentifiedData, MeasuredTask, Observing, Quantizing, TwoTowerTask, require
 from lit_clipq.errors import ConfigError
 from lit_clipq.export import ExportOptions, Reference, Samples, check_target, embeddings
 from lit_clipq.export.backend import IntegerTowers
@@ -34,6 +38,13 @@ from lit_clipq.runtime.folder import TOWER_FILES
 
 if TYPE_CHECKING:
     from lit_clipq.export import ExportReport
+from lit_clipq.sensitivity import Analysis
+from lit_clipq.sweep import ResultsFile, SweepOptions
+from lit_clipq.sweep.progress import SweepProgress
+from lit_clipq.sweep.ray_engine import RayEngine, Worker
+from lit_clipq.sweep.runner import Bench, Point, Records, Runner
+from lit_clipq.sweep.session import identity_of, points_of, require_sweepable, results_file, shard_path
+from lit_clipq.trainer_analysis import run_analysis
 
 log = logging.getLogger(__name__)
 _FLOAT_LOOP = "LIT_CLIPQ_FLOAT_LOOP"  # how the first process tells those it starts whether the float pass runs
@@ -75,6 +86,14 @@ class QuantTrainer(Trainer):
         self.comparison: Comparison | None = None
         self.exported: ExportReport | None = None
         """What `export` wrote."""
+        self.command = ""
+        """The command line, where there is one; for the records of a sweep."""
+        self.sweep_worker: tuple[Worker, list[str]] | None = None
+        """What a Ray worker runs, with the command line that it reads; set by the command line."""
+        self.swept: Path | None = None
+        """The file of the last sweep."""
+        self._work: Callable[[Callable[[], Any]], None] | None = None
+        self.analysis: Analysis | None = None
         self.page: Path | None = None
         """The page of pictures with their captions, after a run of captioning."""
 
@@ -194,6 +213,203 @@ class QuantTrainer(Trainer):
 
     export = export_model  # the subcommand; the parser's group of a function's name would be that of `--export.*`
 
+    def sweep(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        sweep: SweepOptions = SweepOptions(),  # noqa: B008 frozen
+    ) -> list[PointRecord]:
+        """Measure a grid of methods, widths and seeds, and append a line for each point to `results.jsonl`.
+
+        A point has the numbers of a `validate` of its options. Points that are in the file already are not measured
+        again; one that failed is told in its line and tried again by the next run.
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`.
+            ckpt_path: Checkpoint of the task to load first.
+            weights_only: Whether loading the checkpoint refuses pickled objects.
+            sweep: The grid, and where it is measured.
+
+        Returns:
+            The records of the grid, the float network's first.
+
+        Raises:
+            PointsFailedError: In the end, if any point failed.
+        """
+        run = self._sweep_run(model, datamodule, ckpt_path, weights_only, sweep)
+        self.swept = path = shard_path(Path(self.results), sweep)
+        with results_file(path, run.records.identity, run.points, mix=sweep.mix) as (file, missing):
+            progress = SweepProgress(len(missing), Console(), quiet=not self.is_global_zero)
+            if missing or file.baseline is None:
+                with progress:
+                    self._sweep(run, missing, file, progress, sweep)
+        baseline = file.baseline
+        found = file.records(point.id for point in run.points)
+        return found if baseline is None else [baseline, *found]
+
+    def measure_points(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | Path | None,
+        weights_only: bool | None,
+        sweep: SweepOptions,
+        points: Collection[str],
+        baseline: PointRecord | None,
+        keep: Callable[[PointRecord], None],
+    ) -> None:
+        """Measure some points of a sweep, or the float network alone, without a file: what a Ray worker does.
+
+        Args:
+            model: As for `sweep`.
+            datamodule: As for `sweep`.
+            ckpt_path: As for `sweep`.
+            weights_only: As for `sweep`.
+            sweep: The whole grid, or the part that the sweep is for.
+            points: Ids of the points to measure.
+            baseline: The record of the float network, where it is measured.
+            keep: Takes a record as soon as it is there.
+        """
+        run = self._sweep_run(model, datamodule, ckpt_path, weights_only, sweep)
+        wanted = [point for point in run.points if point.id in points]
+        if len(wanted) < len(points):
+            raise ConfigError(
+                "this worker has other code, model or data than the process that started the sweep; give all machines "
+                "the same"
+            )
+        with SweepProgress(len(wanted), Console(), quiet=True) as progress:
+            self._measure(run, wanted, baseline, keep, progress)
+
+    def _sweep_run(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | Path | None,
+        weights_only: bool | None,
+        sweep: SweepOptions,
+    ) -> "_SweepRun":
+        """Check everything that can be checked before a sweep, and list its points."""
+        _check_limit("limit_val_batches", self.limit_val_batches)
+        check_training_checkpoint(ckpt_path, weights_only)
+        quantizing = self._quantizing()
+        callback = require_sweepable(quantizing, self.world_size, resume=self.resume)
+        assert quantizing is not None  # noqa: S101 - checked above
+        task = require(model, MeasuredTask)
+        quantizing.reset()
+        if ckpt_path is None:
+            task.prepare_weights()
+        quantizing.preflight(self, task, weights_are_final=ckpt_path is None)
+        parts = self._fingerprint(task, datamodule, ckpt_path)
+        if parts is None:
+            raise ConfigError("a sweep needs a data module that can tell its data apart; use one of `datamodules`")
+        identity = identity_of(parts, versions())
+        device = {"device": _device_name(self.strategy.root_device)}
+        records = Records(task, identity, versions() | device, self.command)
+        points = points_of(sweep, callback, task, self, identity)
+        return _SweepRun(model, task, datamodule, ckpt_path, weights_only, quantizing, parts, records, points)
+
+    def _sweep(
+        self, run: "_SweepRun", missing: list[Point], file: ResultsFile, progress: SweepProgress, sweep: SweepOptions
+    ) -> None:
+        if sweep.engine == "local":
+            self._measure(run, missing, file.baseline, file.append, progress)
+            return
+        if self.sweep_worker is None:
+            raise ConfigError("--sweep.engine ray starts the command line anew on its workers; run `lightning sweep`")
+
+        def keep(record: PointRecord) -> None:
+            file.append(record)
+            if record.kind == "point":
+                progress.point(record)
+
+        worker, args = self.sweep_worker
+        engine = RayEngine(sweep, worker, args)
+        engine.run(missing, file.baseline, keep, lambda point, error: keep(run.records.failed(point, error)))
+
+    def _measure(
+        self,
+        run: "_SweepRun",
+        points: list[Point],
+        baseline: PointRecord | None,
+        keep: Callable[[PointRecord], None],
+        progress: SweepProgress,
+    ) -> None:
+        """Let Lightning set everything up once, and measure in the place of its one evaluation."""
+
+        def work(evaluate: Callable[[], Any]) -> None:
+            bench = Bench(
+                task=run.task,
+                data=run.datamodule,
+                records=run.records,
+                evaluate=evaluate,
+                scoring=torch.inference_mode,
+                float_measurement=lambda: self._float_pass(
+                    evaluate, run.quantizing, run.task, run.datamodule, run.parts
+                ),
+            )
+            Runner(bench, keep, progress).run(points, baseline)
+
+        self._work, run.quantizing.swept = work, True
+        try:
+            super().validate(run.model, None, run.ckpt_path, False, run.datamodule, run.weights_only)
+        finally:
+            self._work, run.quantizing.swept = None, False
+
+    def _run_stage(self) -> Any:
+        """Run what Lightning would, or in a sweep the work that needs everything set up and may run it many times."""
+        if self._work is None:
+            return super()._run_stage()
+        self._work(super()._run_stage)
+        return None
+
+    def analyze(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        measure: int = 16,
+        left_float: int = 4,
+        blocks: bool = True,
+        metric: int = 0,
+        share: float = 0.5,
+    ) -> Analysis:
+        """Say what quantizing each layer, block, tower and operand costs, and write `analysis.json` (`--results`).
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`; only its calibration data is looked at, but for `metric`.
+            ckpt_path: Checkpoint of the task to load first.
+            measure: For how many layers, and as many operands, the error of the embedding is measured beside the
+                prediction that all have; -1 for all.
+            left_float: For how many layers the tower is also measured with all quantized but this one; -1 for all.
+            blocks: Whether every block and tower is measured.
+            metric: For how many layers the task is evaluated with this layer alone quantized.
+            share: What share of the predicted error the patterns for `quantize.exclude` and `quantize.widths` remove.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            ConfigError: Where nothing is quantized, or by a method whose errors cannot be predicted.
+        """
+        task, callback = require(model, MeasuredTask), self._quantizing()
+        recipe = callback.recipe if callback is not None and callback.active else None
+        if callback is None or recipe is None:
+            raise ConfigError("the analysis needs a method and less than 32 bits; give --quantize.recipe")
+        if self.is_global_zero:
+            _check_writable(Path(self.results))
+        self.analysis = run_analysis(
+            self, task, datamodule, callback, ckpt_path,
+            measure=measure, left_float=left_float, blocks=blocks, metric=metric, share=share,
+        )  # fmt: skip
+        origin = {"task": type(task).__name__, "model": task.model_name, "pretrained": task.pretrained}
+        content = {**origin, **self.analysis.to_json(), "quantize": recipe.to_json()}
+        write_json(Path(self.results), {**content, "versions": versions(), "command": _command()})
+        return self.analysis
+
     def _compare(
         self,
         evaluate: Callable[..., Any],
@@ -297,6 +513,10 @@ class QuantTrainer(Trainer):
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, Quantizing)), None)
 
+    def _observing(self) -> list[Observing]:
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in callbacks if isinstance(callback, Observing)]
+
     def _float_pass(
         self,
         run: Callable[[], object],
@@ -305,7 +525,10 @@ class QuantTrainer(Trainer):
         datamodule: LightningDataModule | None,
         parts: dict[str, object] | None,
     ) -> Measurement:
-        cache = self._cache_file(parts)
+        referenced = isinstance(task, TwoTowerTask) and task.uses_reference
+        if isinstance(task, TwoTowerTask):
+            task.forget_reference()
+        cache = None if referenced else self._cache_file(parts)  # what towers make is not remembered
         if cache is not None and (found := self._remembered(cache)) is not None:
             log.info("float measurement read from %s", cache)
             return found
@@ -314,6 +537,8 @@ class QuantTrainer(Trainer):
             run()
         finally:
             callback.paused = False
+        if isinstance(task, TwoTowerTask):
+            task.keep_reference()
         measured = Measurement.of(task, datamodule)
         if cache is not None and self.is_global_zero:
             try:
@@ -353,6 +578,8 @@ class QuantTrainer(Trainer):
         apart = self.world_size > 1 and (environment is None or environment.creates_processes_externally)
         grouped = dist.is_available() and dist.is_initialized()
         decided = not self.is_global_zero and _FLOAT_LOOP in os.environ
+        if self._observing():
+            return None
         if not self.float_cache or self.num_nodes > 1 or (apart and not grouped and not decided) or parts is None:
             return None
         return cache_dir() / "float" / f"{digest_of(parts)[:32]}.json"
@@ -406,7 +633,29 @@ class QuantTrainer(Trainer):
             layers={name: asdict(layer) for name, layer in report.layers.items()} if report else {},
             stages=report.stages if report else {},
             quantize_options=recipe.to_json() if recipe else {},
+            observed={o.section: dict(told) for o in self._observing() if (told := o.seen()) is not None},
+            command=_command(),
         )
+
+
+@dataclass(frozen=True)
+class _SweepRun:
+    """What one sweep is about."""
+
+    model: LightningModule
+    task: MeasuredTask
+    datamodule: LightningDataModule | None
+    ckpt_path: str | Path | None
+    weights_only: bool | None
+    quantizing: QuantizeCallback
+    parts: dict[str, object]
+    records: Records
+    points: list[Point]
+
+
+def _command() -> str:
+    """Return the command line of this process, the program by its name alone."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
@@ -428,6 +677,10 @@ def _differences(measured: Measurement, quantized: Measurement) -> dict[str, Int
             )
         )
     return intervals
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _check_writable(path: Path) -> None:

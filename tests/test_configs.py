@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_clipq.analysis.records import read_records
 from lit_clipq.cli import main
 from tests.tasks.vqa_runs import write_data
 
@@ -16,6 +17,8 @@ METHODS = sorted(set(CONFIGS.glob("quantize/*.yaml")) - set(WIDTHS))
 MINI = sorted(path for path in CONFIGS.glob("mini/*.yaml") if not path.name.startswith("pretrain"))
 PRETRAIN = sorted(CONFIGS.glob("mini/pretrain*.yaml"))
 TASKS = sorted(CONFIGS.glob("*.yaml"))
+SWEEPS = sorted(path for path in CONFIGS.glob("sweeps/*.yaml"))
+MINI_SWEEPS = sorted(CONFIGS.glob("sweeps/mini/*.yaml"))
 FAST = {"retrieval", "classification", "coco_retrieval", "vanilla", "w4a8"}
 """Files that the fast tests run: of a kind one or two; a method with each width, a width with each method."""
 
@@ -31,7 +34,9 @@ FEW = ["--data.limit", "24", "--quantize.calibration_samples", "8", "--quantize.
 
 
 def test_every_file_belongs_to_a_family_below():
-    assert sorted([*METHODS, *WIDTHS, *MINI, *PRETRAIN, *TASKS]) == sorted(CONFIGS.rglob("*.yaml"))
+    assert sorted([*METHODS, *WIDTHS, *MINI, *PRETRAIN, *TASKS, *SWEEPS, *MINI_SWEEPS]) == sorted(
+        CONFIGS.rglob("*.yaml")
+    )
 
 
 @pytest.mark.parametrize("path", map(named, MINI))
@@ -47,14 +52,16 @@ def test_mini_configurations_run(path, tmp_path):
 
 @pytest.mark.parametrize(("method", "width"), starmap(named, product(METHODS, WIDTHS)))
 def test_every_method_goes_with_every_width(method, width, capsys):
-    recipe = yaml.safe_load(method.read_text())["quantize"]["recipe"]
+    options = yaml.safe_load(method.read_text())["quantize"]
+    stages = [name for stage in options.get("stages") or () for name in stage]
+    recipe = "+".join(stages) or options["recipe"]
     code, told = dry_run(capsys, f"quantize/{method.stem}", f"quantize/{width.stem}")
     if method.stem == "float":
         assert code == 1
         assert "nothing is quantized" in told
     else:
         assert code == 0
-        assert recipe == method.stem
+        assert method.stem in (recipe, *stages)
         assert f"recipe {recipe}:" in told
         assert widths_of("resblocks.0.mlp.c_fc", told) == named_widths(width.stem)
 
@@ -69,8 +76,9 @@ def test_a_later_width_leaves_nothing_of_an_earlier_one(earlier, capsys):
 
 def test_a_later_method_leaves_nothing_of_an_earlier_one(capsys):
     _, alone = dry_run(capsys, "quantize/ptq4clip_paper", "quantize/w4a8")
-    _, after = dry_run(capsys, "quantize/vanilla", "quantize/ptq4clip_paper", "quantize/w4a8")
-    assert after == alone
+    for earlier in ("vanilla", "gptq"):
+        _, after = dry_run(capsys, f"quantize/{earlier}", "quantize/ptq4clip_paper", "quantize/w4a8")
+        assert after == alone
 
 
 def dry_run(capsys, *overlays: str) -> tuple[int, str]:
@@ -100,6 +108,53 @@ def test_task_configurations_name_the_data_they_lack(path, tmp_path, capsys):
     assert told.startswith("error: ")
     assert str(tmp_path / "absent") in told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_sweep_configurations_name_the_data_they_lack(path, tmp_path, capsys):
+    options = ["--model.name", "mini-vit", "--model.pretrained", "null", "--data.root", str(tmp_path / "absent")]
+    if "captioning" in path.stem:
+        options += ["--model.lm", "mini-gpt2"]  # the configured one is on the hub
+    assert main(["sweep", "--config", str(path), *options, "--results", str(tmp_path / "r.jsonl")]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: ")
+    assert str(tmp_path / "absent") in told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", MINI_SWEEPS, ids=lambda path: path.stem)
+def test_mini_sweep_configurations_run(path, tmp_path):
+    results = tmp_path / "results.jsonl"
+    fewer = CAPTIONING if path.stem == "captioning" else []
+    small = [
+        "--sweep.recipes",
+        "[vanilla]",
+        "--sweep.vision_bits",
+        "[32,8]",
+        "--sweep.text_bits",
+        "[4]",
+        "--sweep.seeds",
+        "[0]",
+    ]
+    assert main(["sweep", "--config", str(path), *FEW, *fewer, *small, "--results", str(results)]) == 0
+    records = read_records(results)
+    assert [record.kind for record in records] == ["float", "point", "point"]
+    assert records[1].metrics.keys() == records[0].metrics.keys()
+
+
+@pytest.mark.parametrize("path", [*SWEEPS, *MINI_SWEEPS], ids=lambda path: path.stem)
+def test_sweep_configurations_have_the_grid_of_the_seed_and_the_options_of_their_task(path):
+    content = yaml.safe_load(path.read_text())
+    widths = [32, 16, 8, 4, 2]
+    assert content["sweep"] == {"recipes": ["ptq4clip"], "vision_bits": widths, "text_bits": widths, "seeds": [0, 1, 2]}
+    own = CONFIGS / path.relative_to(CONFIGS / "sweeps")
+    if own.is_file():
+        task = yaml.safe_load(own.read_text())
+        for part in ("model", "data"):
+            assert content[part]["class_path"] == task[part]["class_path"]
+            assert content[part]["init_args"].items() <= task[part]["init_args"].items()
+        assert content["quantize"]["calibration_samples"] == task["quantize"]["calibration_samples"]
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)

@@ -32,7 +32,14 @@ def read_table() -> dict[str, set[str]]:
 
 
 ALLOWED = read_table()
-WITHOUT_LIGHTNING = ("lit_clipq.tasks", "lit_clipq.trainer", "lit_clipq.cli", "datamodules", "callbacks")
+WITHOUT_LIGHTNING = (
+    "lit_clipq.tasks",
+    "lit_clipq.trainer",
+    "lit_clipq.trainer_analysis",
+    "lit_clipq.cli",
+    "datamodules",
+    "callbacks",
+)
 
 
 def inside(module: str, package: str) -> bool:

@@ -68,6 +68,10 @@ class Comparison:
     """What each stage of the recipe says of itself."""
     integer: IntegerResult | None = None
     """The same evaluation with integer products, where it was asked for."""
+    observed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What callbacks saw, by their section: `cosine`, `mistakes`."""
+    command: str = ""
+    """Command line of the run."""
 
     @property
     def float_macs_share(self) -> float:
@@ -100,6 +104,8 @@ class Comparison:
             "map": self.map.to_json(),
             "versions": self.versions,
             "seed": self.seed,
+            "command": self.command,
+            **self.observed,
         }
 
 

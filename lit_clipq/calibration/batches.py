@@ -87,6 +87,11 @@ def unit_keys(layout: Layout, output: Tensor, rows: Rows, mask: TextMask | None)
     return layout.counted(_numbered(layout.lead(output), rows, output.device), output, mask).reshape(-1)
 
 
+def sample_of(keys: Tensor) -> Tensor:
+    """Return the global number of the sample that each unit belongs to, int64 (N,)."""
+    return keys // PLACES
+
+
 def _numbered(lead: torch.Size, rows: Rows, device: torch.device) -> Tensor:
     """Return a key for each unit of the leading shape, int64, of that shape.
 

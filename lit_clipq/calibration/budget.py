@@ -1,6 +1,6 @@
 """How many bytes observations take, and which layers fit a memory limit together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lit_clipq.calibration.profile import Profile
@@ -31,12 +31,14 @@ class Budget:
         samples: Calibration samples of the rank that has most, so that all ranks plan the same passes.
         limit_bytes: Bound on stored operands, gradients and search workspace; `None` is no bound.
         rows: Names of the layers of which a share of the tokens will do.
+        beside: Bytes that fitting a layer takes besides what depends on samples, by name.
     """
 
     cost: Profile
     samples: int
     limit_bytes: int | None = None
     rows: frozenset[str] = field(default_factory=frozenset)
+    beside: Mapping[str, int] = field(default_factory=dict)
 
     def stored_bytes(self, name: str, storage: Storage) -> int:
         """Predict the bytes of a layer's operands and squared output gradients over the samples of a rank."""
@@ -46,9 +48,10 @@ class Budget:
         return int(elements * self.samples * storage.element_bytes * self._share(name, storage))
 
     def workspace_bytes(self, name: str, storage: Storage) -> int:
-        """Predict the bytes that the search of a layer needs on top: rounded operands, targets, candidates' outputs."""
+        """Predict what fitting a layer needs on top: rounded operands, targets, candidates' outputs, matrices."""
         elements = self.cost.input_elements.get(name, 0.0) + self.cost.output_elements.get(name, 0.0)
-        return int(_WORKING_COPIES * elements * self.samples * _FLOAT_BYTES * self._share(name, storage))
+        copies = int(_WORKING_COPIES * elements * self.samples * _FLOAT_BYTES * self._share(name, storage))
+        return copies + self.beside.get(name, 0)
 
     def _share(self, name: str, storage: Storage) -> float:
         """Return the share of a layer's units that is kept."""

@@ -54,6 +54,8 @@ class Link:
     """Name of the product of attention weights and values that the channels pass through, head by head; or empty."""
     heads: int = 1
     """How many heads that product has."""
+    at_reader: bool = False
+    """Whether others than the block read the maker too, so that only the reader itself can divide its input."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class _Maker:
     first: int = 0
     average: str = ""
     heads: int = 1
+    at_reader: bool = False
 
 
 class ChannelObserver(Observer):
@@ -112,8 +115,8 @@ class ChannelObserver(Observer):
             for name, seen in channels.items():
                 readers.setdefault(makers[name], set()).add(name)
                 _join(everywhere, name, seen)
-        ordered = sorted(readers.items(), key=lambda item: (item[0].name, item[0].first))
-        links = (Link(m.name, m.first, tuple(sorted(names)), m.average, m.heads) for m, names in ordered)
+        ordered = sorted(readers.items(), key=lambda item: (item[0].name, item[0].first, item[0].at_reader))
+        links = (Link(m.name, m.first, tuple(sorted(names)), m.average, m.heads, m.at_reader) for m, names in ordered)
         return SeenChannels(tuple(links), everywhere)
 
     def _made(self, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -124,12 +127,24 @@ class ChannelObserver(Observer):
         if not x.numel():
             return
         maker, output = self._normed.get(x.shape[-1], ("", x))
-        if _in_one_block(maker, name) and bool((output == x.reshape(-1, x.shape[-1])[0]).all(-1).any()):
-            self._makers[name] = _Maker(maker)
+        known = self._found_maker(maker, name)
+        if known is not None and bool((output == x.reshape(-1, x.shape[-1])[0]).all(-1).any()):
+            self._makers[name] = known
         if name in self._makers:
             (rows,) = ROWS.operands((x,), self.rows.mask(text=name in self.text))
             if rows.numel():
-                _join(self._channels, name, Channels.of(rows))
+                self._see(name, Channels.of(rows))
+                self._looked(name, x)
+
+    def _found_maker(self, maker: str, name: str) -> _Maker | None:
+        """Return the LayerNorm as the maker of what a layer reads, if the two lie in one block."""
+        return _Maker(maker) if _in_one_block(maker, name) else None
+
+    def _looked(self, name: str, x: Tensor) -> None:
+        """Take note of an input whose channels were seen."""
+
+    def _see(self, name: str, seen: Channels) -> None:
+        _join(self._channels, name, seen)
 
 
 def _join(channels: dict[str, Channels], name: str, seen: Channels) -> None:
@@ -141,6 +156,8 @@ def _values(modules: Mapping[str, nn.Module], linear: Mapping[nn.Module, str]) -
     for name, module in modules.items():
         if not isinstance(module, ExplicitAttention) or module.hands_on_values:
             continue
+        if module.av.prefix_size:
+            continue  # the values of registers are constants, which nobody scales
         if isinstance(module.out_proj, nn.Linear):
             maker = next(module._modules[part] for part in ("qkv_proj", "kv_proj", "v_proj") if part in module._modules)
             if maker in linear and module.out_proj in linear and isinstance(maker, nn.Linear):

@@ -39,7 +39,7 @@ def holding(modules: Mapping[str, QModule], parameters: Mapping[str, Parameters]
 @torch.no_grad()
 def rounded_weight(module: QWeighted) -> Tensor:
     """Return the weight that freezing the layer would give it, same shape and type."""
-    return module.weight if module.weight_quantizer is None else module.weight_quantizer(module.weight.detach())
+    return module.rounded_weight()
 
 
 @contextmanager

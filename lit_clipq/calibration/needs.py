@@ -10,6 +10,8 @@ class Need(Enum):
     """What stands in front of each layer: an activation's minimum, a softmax."""
     CHANNELS = auto()
     """Range and power of every channel that linear layers read, and who makes the channels."""
+    LINKS = auto()
+    """The same along links of every kind, with a sample of the rows and maps that their readers read."""
     OUTPUTS = auto()
     """The outputs that matter, of one batch of each kind, to compare with after a change."""
     START = auto()
@@ -50,9 +52,9 @@ class Write(Enum):
 
 
 SPOILS: dict[Write, frozenset[Need]] = {
-    Write.NORMS: frozenset({Need.CHANNELS, Need.OUTPUTS, Need.START, Need.RANGES}),
-    Write.WEIGHTS: frozenset({Need.CHANNELS, Need.OUTPUTS, Need.START, Need.RANGES}),
-    Write.BIAS: frozenset({Need.CHANNELS, Need.OUTPUTS, Need.START, Need.RANGES}),
+    Write.NORMS: frozenset({Need.CHANNELS, Need.LINKS, Need.OUTPUTS, Need.START, Need.RANGES}),
+    Write.WEIGHTS: frozenset({Need.CHANNELS, Need.LINKS, Need.OUTPUTS, Need.START, Need.RANGES}),
+    Write.BIAS: frozenset({Need.CHANNELS, Need.LINKS, Need.OUTPUTS, Need.START, Need.RANGES}),
     Write.STRUCTURE: frozenset(need for need in Need if not need.by_layer),
     Write.GRIDS: frozenset(),
     Write.SCALES: frozenset(),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,18 @@ _NOISE = 1e-5  # a softmax whose largest slope is below is one-hot
 _ROUNDING = 1e-14  # of squared float32 gradients, against the layer with the largest
 
 
-def contrastive_cotangents(image: Tensor, text: Tensor, temperature: float, seed: int) -> tuple[Tensor, Tensor]:
+def drawn_by(*numbers: int) -> torch.Generator:
+    """Return a generator on the CPU whose draws depend on each of the numbers, none of them negative.
+
+    `torch.Generator.manual_seed` keeps 32 bits of its argument; numpy's `SeedSequence` mixes all of them into these.
+    """
+    (mixed,) = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def contrastive_cotangents(
+    image: Tensor, text: Tensor, temperature: float, seed: int, draw: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of `-sum log p(y)` by the embeddings, for drawn y.
 
     With p = softmax(image @ text^T / temperature) along both axes, a class y is drawn from p for every picture and
@@ -35,7 +47,8 @@ def contrastive_cotangents(image: Tensor, text: Tensor, temperature: float, seed
         image: Embeddings of length 1, (N, D), in global order.
         text: Embeddings of length 1, (N, D); text i belongs to picture i.
         temperature: Divides the similarities.
-        seed: Of the draw.
+        seed: Of the draws.
+        draw: Which of them.
 
     Returns:
         Gradients by image and text, each (N, D) float32.
@@ -49,7 +62,7 @@ def contrastive_cotangents(image: Tensor, text: Tensor, temperature: float, seed
         )
     image64, text64 = image.double().cpu(), text.double().cpu()
     logits = image64 @ text64.T / temperature
-    generator = torch.Generator().manual_seed(seed)
+    generator = drawn_by(seed, draw)
     slope = _score(logits, generator) + _score(logits.T, generator).T
     if slope.abs().max() < _NOISE:
         raise CalibrationError(
@@ -69,7 +82,7 @@ def _score(logits: Tensor, generator: torch.Generator) -> Tensor:
     return p.scatter_add(1, drawn, -torch.ones_like(drawn, dtype=p.dtype))
 
 
-def random_directions(shape: torch.Size, keys: Tensor, seed: int, draws: int = 1) -> Tensor:
+def random_directions(shape: torch.Size, keys: Tensor, seed: int, draws: int = 1, *, output: int = 0) -> Tensor:
     """Return random signs scaled to length 1 for each draw and sample, (K, B, *) float32.
 
     With v such a direction of d elements and J the Jacobian of a sample's outputs, the expected square of J^T v is
@@ -77,13 +90,15 @@ def random_directions(shape: torch.Size, keys: Tensor, seed: int, draws: int = 1
 
     Args:
         shape: Shape of the outputs, samples first.
-        keys: Global sample numbers int64 (B,): the direction of a sample depends on its number and the seed alone.
+        keys: Global sample numbers int64 (B,): the direction of a sample depends on its number, the output and the
+            seed alone.
         seed: Of the draw.
         draws: How many directions a sample has.
+        output: The number of the output, so that several outputs of a sample have directions of their own.
     """
     rows = []
     for key in keys.tolist():
-        generator = torch.Generator().manual_seed((seed << 32) + key)
+        generator = drawn_by(seed, output, key)
         rows.append(torch.randint(0, 2, (draws, *shape[1:]), generator=generator).mul_(2).sub_(1).float())
     return torch.stack(rows, dim=1) / max(1, shape[1:].numel()) ** 0.5
 
@@ -96,7 +111,7 @@ def gauss_newton_cotangents(seed: int, draws: int) -> Callable[[Mapping[str, Ten
         draws: How many directions a sample has; their squares add up to a mean.
     """
     return lambda outputs, rows: {
-        name: random_directions(value.shape, rows.samples, seed + i, draws).to(value) / draws**0.5
+        name: random_directions(value.shape, rows.samples, seed, draws, output=i).to(value) / draws**0.5
         for i, (name, value) in enumerate(sorted(outputs.items()))
     }
 
@@ -136,7 +151,7 @@ def fisher_cotangents(
         )
     order = sorted((number, i) for i, number in enumerate(n for own, _ in pieces for n in own))
     image, text = (torch.cat([rows[name] for _, rows in pieces])[[i for _, i in order]] for name in ("image", "text"))
-    drawn = [contrastive_cotangents(image, text, temperature, seed + i) for i in range(draws)]
+    drawn = [contrastive_cotangents(image, text, temperature, seed, i) for i in range(draws)]
     gradients = {
         name: {number: row for (number, _), row in zip(order, torch.stack(found, dim=1), strict=True)}
         for name, found in zip(("image", "text"), zip(*drawn, strict=True), strict=True)

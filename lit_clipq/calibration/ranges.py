@@ -11,7 +11,7 @@ from lit_clipq.calibration.passes import Observer
 from lit_clipq.calibration.recorder import Watched
 from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
-from lit_clipq.functional.granularity import Granularity, PerToken, extrema
+from lit_clipq.functional.granularity import Granularity, at_run_time, extrema
 
 Key = tuple[str, str]
 """Layer and operand."""
@@ -25,8 +25,8 @@ class RangeObserver(Observer):
 
     Attributes:
         layers: Layers by name.
-        operands: For each layer the granularity of each operand, by name and place; `PerToken` operands are left out,
-            as they need no calibration.
+        operands: For each layer the granularity of each operand, by name and place; those with scales at run
+            time are left out, as they need no calibration.
         own: What this rank saw.
     """
 
@@ -43,10 +43,10 @@ class RangeObserver(Observer):
     def _watch(self, name: str, watched: Watched) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             mask = self.rows.mask(text=watched.text, averages=watched.averages)
-            if mask is not None:
+            if mask is not None or watched.layout.constants:
                 inputs = watched.layout.operands(inputs, mask)
             for (place, operand), granularity in self.operands[name].items():
-                if not isinstance(granularity, PerToken):
+                if not at_run_time(granularity):
                     _widen(self.own, (name, operand), extrema(inputs[place].detach(), granularity))
 
         return hook
@@ -62,7 +62,7 @@ class RangeObserver(Observer):
             (name, operand)
             for name, operands in self.operands.items()
             for (_, operand), granularity in operands.items()
-            if not isinstance(granularity, PerToken)
+            if not at_run_time(granularity)
         ]
         unseen = sorted({name for name, operand in needed if (name, operand) not in merged})
         if unseen:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_clipq.calibration.budget import Budget, Storage
 from lit_clipq.calibration.channels import ChannelObserver, SeenChannels
+from lit_clipq.calibration.links import LinkObserver, SeenLinks
 from lit_clipq.calibration.needs import SPOILS, Need, Write
 from lit_clipq.calibration.objective import check_gradients, fisher_cotangents, gauss_newton_cotangents
 from lit_clipq.calibration.observations import Observations, joined
@@ -111,6 +112,11 @@ class Session:
         return self._get(Need.CHANNELS)  # type: ignore[no-any-return]
 
     @property
+    def links(self) -> SeenLinks:
+        """Links of every kind, and what their readers read."""
+        return self._get(Need.LINKS)  # type: ignore[no-any-return]
+
+    @property
     def outputs(self) -> list[Tensor]:
         """The outputs that matter of one batch of each kind, when they were last looked at."""
         return self._get(Need.OUTPUTS)  # type: ignore[no-any-return]
@@ -136,6 +142,7 @@ class Session:
         """End the validity of what was seen downstream of a change in the networks."""
         for need in {need for write in writes for need in SPOILS[write]}:
             self._known.pop(need, None)
+        self.__dict__.pop("modules", None)
 
     def run(self, observers: Sequence[Observer], cotangents: Cotangents | None = None) -> None:
         """Run the set once with the rows of this session's collection; see `passes.look`."""
@@ -226,6 +233,8 @@ class Session:
             return SourceObserver(self.roots, self.layers)
         if need is Need.CHANNELS:
             return ChannelObserver(self.modules, self.layers, self.text_layers, values=self.collection.values)
+        if need is Need.LINKS:
+            return LinkObserver(self.modules, self.layers, self.text_layers, values=self.collection.values)
         if need is Need.OUTPUTS:
             return OutputObserver()
         text = (layer for layer in self.layers if layer.name in self.text_layers)

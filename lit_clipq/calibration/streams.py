@@ -25,6 +25,7 @@ def in_turn(jobs: Sequence[Callable[[], T]], device: torch.device, *, together: 
         for job in jobs:
             yield job()
         return
+    torch.linalg.inv(torch.ones(1, 1, device=device))  # the first use loads a library, which two threads must not do
     torch.cuda.synchronize(device)
     with ThreadPoolExecutor(_THREADS, initializer=_own_stream, initargs=(device,)) as pool:
         futures = [pool.submit(job) for job in jobs]

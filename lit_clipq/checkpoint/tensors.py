@@ -110,8 +110,9 @@ def install(
     chosen = [layers[name] for name in modules]
     devices = {name: next(root.parameters()).device for name, root in roots.items()}
     swapped = swap(roots, chosen, lambda layer: _built(layer, modules[layer.name]))
+    undo = None
     try:
-        replay(structure, swapped)
+        undo = replay(structure, swapped, roots)
         _check_tensors(roots, state)
         for root, network in roots.items():
             own = {name.partition(".")[2]: x for name, x in state.items() if name.partition(".")[0] == root}
@@ -125,6 +126,8 @@ def install(
             module.phase = Phase.QUANTIZED
         _refuse_names("no tensors of the name", set(_state(roots)) - set(state))
     except BaseException:
+        if undo is not None:
+            undo()
         unswap(roots, chosen, swapped)
         raise
 

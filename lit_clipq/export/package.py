@@ -117,11 +117,15 @@ def _forms(model: nn.Module, *, fallback: bool) -> dict[str, Form]:
         try:
             forms[f"{ROOT}.{name}"] = form_of(layer)
         except NotExportable as error:
-            if not fallback:
+            try:
+                kept = form_of(layer, fallback=True) if fallback else None
+            except NotExportable:
+                kept = None  # not even in float
+            if kept is None:
                 refused.append((f"{ROOT}.{name}", error))
                 continue
-            forms[f"{ROOT}.{name}"] = form_of(layer, fallback=True)
-            forms[f"{ROOT}.{name}"].reason = str(error)
+            kept.reason = str(error)
+            forms[f"{ROOT}.{name}"] = kept
     if refused:
         name, first = refused[0]
         others = f" (and {len(refused) - 1} more layers)" if len(refused) > 1 else ""

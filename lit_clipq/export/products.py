@@ -387,6 +387,8 @@ class MatMulForm(Form):
 
     def check(self) -> None:
         """See `Form.check`."""
+        if self.layer.prefix_size:
+            raise NotExportable("a prefix of keys and values is no part of the export", "leave out the registers")
         grids = [self.grid(operand) for operand in self.layer.operands]
         if (grids[0] is None) != (grids[1] is None):
             raise NotExportable("only one operand of the product is quantized", "quantize both or none")

@@ -5,6 +5,8 @@
 | `PerTensor()`      | (*)         | ()                            | the one                  |
 | `PerChannel(axis)` | (*)         | (x.shape[axis],)              | its index along `axis`   |
 | `PerToken()`       | (*, C)      | (*, 1), fresh for every input | its row                  |
+| `PerToken(-2)`     | (*, C, N)   | (*, 1, N), fresh likewise     | its column               |
+| `PerSample()`      | (B, *)      | (B, 1, ...), fresh likewise   | its sample               |
 | `PerGroup(size)`   | (*, C)      | (*, C / size, 1)              | its `size` neighbours    |
 """
 
@@ -30,7 +32,15 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerToken:
-    """One scale for each row (last axis reduced), computed from the input itself at run time."""
+    """One scale for each token, computed from the input itself at run time: what else is in a batch does not matter."""
+
+    axis: int = -1
+    """Axis of a token's features, which is reduced; -1, or -2 for tokens that are columns."""
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """One scale for each index along the first axis, computed from the input itself at run time."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +51,19 @@ class PerGroup:
     """Elements that share a scale; must divide the last axis."""
 
 
-Granularity = PerTensor | PerChannel | PerToken | PerGroup
-_NAMES = {"per_tensor": PerTensor, "per_channel": PerChannel, "per_token": PerToken, "per_group": PerGroup}
+Granularity = PerTensor | PerChannel | PerToken | PerSample | PerGroup
+_NAMES = {
+    "per_tensor": PerTensor,
+    "per_channel": PerChannel,
+    "per_token": PerToken,
+    "per_sample": PerSample,
+    "per_group": PerGroup,
+}
+
+
+def at_run_time(granularity: Granularity) -> bool:
+    """Whether scales are computed from each input, so that there is nothing to calibrate."""
+    return isinstance(granularity, PerToken | PerSample)
 
 
 def named_granularity(granularity: Granularity) -> list[Any]:
@@ -98,5 +119,10 @@ def extrema(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
         return x.aminmax()
     if isinstance(granularity, PerChannel):
         return x.movedim(granularity.axis, 0).flatten(1).aminmax(dim=1) if x.dim() > 1 else (x, x)
-    rows = x if isinstance(granularity, PerToken) else split_groups(x, granularity.size)
-    return rows.aminmax(dim=-1, keepdim=True)
+    if isinstance(granularity, PerSample):
+        low, high = x.flatten(1).aminmax(dim=1)
+        shape = (-1, *[1] * (x.dim() - 1))
+        return low.view(shape), high.view(shape)
+    if isinstance(granularity, PerToken):
+        return x.aminmax(dim=granularity.axis, keepdim=True)
+    return split_groups(x, granularity.size).aminmax(dim=-1, keepdim=True)

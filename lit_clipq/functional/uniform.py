@@ -8,7 +8,15 @@ reconstruction `S * (q - Z)`. Affine grids have codes 0 .. 2^b - 1, symmetric on
 import torch
 from torch import Tensor
 
-from lit_clipq.functional.granularity import Granularity, PerChannel, PerGroup, PerTensor, split_groups
+from lit_clipq.functional.granularity import (
+    Granularity,
+    PerChannel,
+    PerGroup,
+    PerSample,
+    PerTensor,
+    PerToken,
+    split_groups,
+)
 
 MIN_BITS, MAX_BITS = 2, 16
 
@@ -88,12 +96,16 @@ def fake_quantize(
     if isinstance(granularity, PerChannel):
         axis = granularity.axis % x.dim()
         return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, qmin, qmax)
+    if isinstance(granularity, PerToken) and granularity.axis % x.dim() != x.dim() - 1:
+        columns = x.movedim(granularity.axis, -1)
+        scale, zero_point = (values.movedim(granularity.axis, -1) for values in (scale, zero_point))
+        return fake_quantize(columns, scale, zero_point, qmin, qmax, PerToken()).movedim(-1, granularity.axis)
     rows = split_groups(x, granularity.size) if isinstance(granularity, PerGroup) else x
-    shape = rows.shape[:-1]
+    rows = rows.flatten(1) if isinstance(granularity, PerSample) else rows
     flat = torch.fake_quantize_per_channel_affine(
         rows.reshape(-1, rows.shape[-1]), scale.reshape(-1), zero_point.reshape(-1), 0, qmin, qmax
     )
-    return flat.reshape(*shape, -1).reshape(x.shape)
+    return flat.reshape(x.shape)
 
 
 def _round_in_place(

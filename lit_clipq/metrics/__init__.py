@@ -1,5 +1,6 @@
 """Metrics that count every sample once, under any sharding, with ties at their expected value."""
 
+from lit_clipq.metrics.agreement import EmbeddingAgreement
 from lit_clipq.metrics.captioning import CIDEr
 from lit_clipq.metrics.classification import TopKAccuracy
 from lit_clipq.metrics.functional import BootstrapInterval, SampleScores, paired_bootstrap
@@ -10,6 +11,7 @@ from lit_clipq.metrics.vqa import VQAAccuracy
 __all__ = [
     "BootstrapInterval",
     "CIDEr",
+    "EmbeddingAgreement",
     "Evaluation",
     "RetrievalRecall",
     "SampleKeyedMetric",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_clipq.errors import DataError
+from lit_clipq.metrics.embedded import Embedded
 from lit_clipq.metrics.functional.retrieval import BLOCK_BYTES, retrieval_hits
 from lit_clipq.metrics.functional.rows import check_finite_rows, check_same_rows, distinct_ids, positions
 from lit_clipq.metrics.functional.scores import SampleScores
@@ -95,14 +96,21 @@ class RetrievalRecall(SampleKeyedMetric):
             self.text_ids.append(torch.stack([text_ids, captions], dim=1))
             self.pairs.append(counted)
 
-    def evaluate(self) -> Evaluation:
-        """Score every image and every caption; images by id, captions by image id and text id."""
+    def embedded(self) -> Embedded:
+        """Return the embeddings in the states, each id once, and who belongs to whom."""
         images, image_ids = self._distinct("images", self.rows("image_ids"))
         text_rows = self.rows("text_ids")
         texts, text_ids = self._distinct("texts", text_rows[:, 0].contiguous())
         pairs = self._distinct_pairs(text_rows)
         text_of = positions(text_ids, pairs[:, 0], "texts")
         image_of = positions(image_ids, pairs[:, 1], "images")
+        return Embedded(images, image_ids, texts, text_ids, torch.stack([text_of, image_of], dim=1), pairs[:, 2])
+
+    def evaluate(self) -> Evaluation:
+        """Score every image and every caption; images by id, captions by image id and text id."""
+        found = self.embedded()
+        images, image_ids, texts, text_ids = found.images, found.image_ids, found.texts, found.text_ids
+        text_of, image_of = found.pairs.unbind(1)
         alone = len(image_ids) - len(torch.unique(image_of))
         if alone:
             raise DataError(
@@ -110,7 +118,7 @@ class RetrievalRecall(SampleKeyedMetric):
                 "leave these images out or add their captions."
             )
         order = torch.argsort(image_of * len(text_ids) + text_of)
-        captions = torch.stack([text_of, image_of], dim=1)[order].repeat_interleave(pairs[order, 2], dim=0)
+        captions = found.pairs[order].repeat_interleave(found.captions[order], dim=0)
         hits = retrieval_hits(
             images, texts, captions, self.ks, any_identical=self.any_identical, block_bytes=self.block_bytes
         )

@@ -5,7 +5,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_clipq.functional.granularity import PerTensor, PerToken
+from lit_clipq.functional.granularity import PerTensor, at_run_time
 from lit_clipq.functional.uniform import from_codes
 from lit_clipq.nn.modules import QWeighted, storage_shift
 from lit_clipq.nn.quantizer import Quantizer, UniformQuantizer
@@ -28,7 +28,7 @@ class QEmbedding(QWeighted):
         if original.max_norm is not None:
             raise ValueError("expected a table with max_norm=None: lookups that change the table cannot be quantized")
         granularity = PerTensor() if weight_quantizer is None else weight_quantizer.granularity
-        if isinstance(granularity, PerToken) or getattr(granularity, "axis", 0) != 0:
+        if at_run_time(granularity) or getattr(granularity, "axis", 0) != 0:
             raise ValueError(f"expected a grid per tensor, per row or per group for a table, got {granularity}")
         super().__init__(original, weight_quantizer)
         self.num_embeddings, self.embedding_dim = original.num_embeddings, original.embedding_dim

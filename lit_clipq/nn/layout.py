@@ -44,6 +44,8 @@ class Layout(ABC):
     """Axis of the output channels in a product that is cut."""
     by_token: ClassVar[bool] = False
     """Whether a share of the units will do (`token_share`)."""
+    constants: int = 0
+    """How many constants (registers) stand in front of what is cut."""
 
     @abstractmethod
     def operands(self, inputs: Tensors, mask: TextMask | None = None) -> Tensors:
@@ -132,7 +134,15 @@ class PatchLayout(MapLayout):
 
 
 class PairLayout(Layout):
-    """Products of activations, (*, M, K) @ (*, K, N); units are leading axes, rows of the left operand are drawn."""
+    """Products of activations, (*, M, K) @ (*, K, N); units are leading axes, rows of the left operand are drawn.
+
+    Args:
+        constants: Registers that the product has; their columns, of scores or of attention weights, are cut.
+        scores: Whether it is that of queries and keys, whose output has those columns; else its left operand has.
+    """
+
+    def __init__(self, constants: int = 0, *, scores: bool = False) -> None:
+        self.constants, self.scores = constants, scores
 
     def operands(self, inputs: Tensors, mask: TextMask | None = None) -> Tensors:
         """Return (P, M, K) and (P, K, N).
@@ -142,6 +152,8 @@ class PairLayout(Layout):
         b = values (B, H, L, d).
         """
         a, b = inputs
+        if not self.scores:
+            a = a[..., self.constants :]
         if mask is not None and mask.applies(a):
             valid = mask.valid(a.transpose(1, 2))[:, None, :, None]
             a = a * valid
@@ -158,6 +170,7 @@ class PairLayout(Layout):
         """Return (P, M, N); of scores without the start token's column, which is exact."""
         if mask is not None and mask.applies(x) and mask.drop_start and not mask.averages:
             x = x[..., 1:]
+        x = x[..., self.constants :] if self.scores else x
         return x.reshape(-1, *x.shape[-2:])
 
     def lead(self, output: Tensor) -> torch.Size:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clipq.nn.matmul import MatMul
+from lit_clipq.nn.prefix import Prefixed
 from lit_clipq.nn.quantizer import Quantizer, UniformQuantizer
 from lit_clipq.nn.state import LateBuffers
 
@@ -30,6 +31,7 @@ class QModule(LateBuffers):
     Attributes:
         input_quantizers: One entry an operand of `forward`; an absent quantizer leaves that operand float.
         phase: Whether `forward` quantizes.
+        rivals: Grids that a search may put in the place of an operand's own.
         classes: Every Q-module class by its `id`.
         id: What saved models call the class; by default its name.
     """
@@ -51,6 +53,7 @@ class QModule(LateBuffers):
             {name: q for name, q in zip(self.operands, input_quantizers, strict=True) if q is not None}
         )
         self.phase = Phase.FLOAT
+        self.rivals: dict[str, Quantizer] = {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Compute the product of the inputs, rounded first in `Phase.QUANTIZED`."""
@@ -93,6 +96,7 @@ class QModule(LateBuffers):
 
     def freeze(self) -> None:
         """End calibration: from here on `forward` quantizes."""
+        self.rivals = {}
         self.phase = Phase.QUANTIZED
 
 
@@ -132,6 +136,15 @@ class QWeighted(QModule):
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Compute the product of the input with `weight` in place of the layer's own."""
 
+    def coded_weight(self) -> Tensor:
+        """Return what of the weight the codes stand for, of its shape: all of it; detached."""
+        return self.weight.detach()
+
+    def rounded_weight(self) -> Tensor:
+        """Return the weight that freezing would give the layer, of its shape and type."""
+        quantizer = self.weight_quantizer
+        return self.weight if quantizer is None else cast(Tensor, quantizer(self.coded_weight()))
+
     @property
     def quantizers(self) -> tuple[Quantizer | None, ...]:
         """The weight's quantizer, then those of the operands."""
@@ -141,7 +154,7 @@ class QWeighted(QModule):
         """Replace the weight by its codes; without a weight quantizer the float weight stays."""
         quantizer = self.weight_quantizer
         if quantizer is not None:
-            codes = quantizer.codes(self.weight.detach()) - storage_shift(quantizer)
+            codes = quantizer.codes(self.coded_weight()) - storage_shift(quantizer)
             self.load_codes(codes.to(torch.int8 if quantizer.bits <= 8 else torch.int16))
         super().freeze()
 
@@ -161,9 +174,15 @@ class QWeighted(QModule):
 
 
 class QLinear(QWeighted):
-    """Quantized `nn.Linear`: input (*, in), output (*, out)."""
+    """Quantized `nn.Linear`: input (*, in), output (*, out).
+
+    Attributes:
+        input_divisor: By which each channel of the input is divided, in float, before anything else looks at it; the
+            weight is multiplied by it. (in,), or `None` where the input is taken as it is.
+    """
 
     id = "linear"
+    input_divisor: Tensor | None
 
     def __init__(
         self, original: nn.Linear, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None
@@ -171,6 +190,8 @@ class QLinear(QWeighted):
         super().__init__(original, weight_quantizer, input_quantizer)
         self.in_features, self.out_features = original.in_features, original.out_features
         self.segments = getattr(original, "segments", (original.out_features,))
+        self.register_buffer("input_divisor", None)
+        self.register_forward_pre_hook(_divide_input)
 
     def product_with(self, weight: Tensor, *inputs: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`."""
@@ -201,8 +222,8 @@ class QConv2d(QWeighted):
         return nn.Conv2d._conv_forward(cast(nn.Conv2d, self), inputs[0], weight, self.bias)
 
 
-class QMatMul(QModule):
-    """Quantized `a @ b` of two activations, batched over the leading axes."""
+class QMatMul(QModule, Prefixed):
+    """Quantized `a @ b` of two activations, batched over the leading axes; what a prefix adds is float."""
 
     id = "matmul"
 
@@ -210,11 +231,24 @@ class QMatMul(QModule):
 
     def __init__(self, original: MatMul, a_quantizer: Quantizer | None, b_quantizer: Quantizer | None) -> None:
         super().__init__((a_quantizer, b_quantizer))
+        self.register_buffer("prefix_keys", original.prefix_keys)
+        self.register_buffer("prefix_values", original.prefix_values)
         self.training = original.training
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Compute the product of the inputs, rounded first in `Phase.QUANTIZED`."""
+        if self.prefix_size == 0:
+            return super().forward(*inputs)
+        return self.with_prefix(inputs[0], inputs[1], super().forward)
 
     def product(self, *inputs: Tensor) -> Tensor:
         """Return `a @ b`."""
         return inputs[0] @ inputs[1]
+
+
+def _divide_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    divisor = module._buffers["input_divisor"]
+    return None if divisor is None else (inputs[0] / divisor, *inputs[1:])
 
 
 def _decode_loaded(module: QWeighted, _: Any) -> None:

@@ -10,7 +10,7 @@ from lit_clipq.functional.granularity import (
     PerChannel,
     PerGroup,
     PerTensor,
-    PerToken,
+    at_run_time,
     extrema,
     granularity_of,
     named_granularity,
@@ -96,8 +96,8 @@ class Quantizer(LateBuffers):
 class UniformQuantizer(Quantizer):
     """Uniform affine grid of 2 to 16 bits.
 
-    The scale (float32) and zero point (int32) come from `set_range` or `load_parameters`, except for `PerToken`, which
-    computes both from each input.
+    The scale (float32) and zero point (int32) come from `set_range` or `load_parameters`, except for `PerToken` and
+    `PerSample`, which compute both from each input.
 
     Args:
         bits: Width of the codes, 2 to 16.
@@ -132,7 +132,7 @@ class UniformQuantizer(Quantizer):
     @property
     def calibrated(self) -> bool:
         """Whether the grid has its parameters, or needs none."""
-        return isinstance(self.granularity, PerToken) or super().calibrated
+        return at_run_time(self.granularity) or super().calibrated
 
     def config(self) -> dict[str, Any]:
         """Return the options as plain values."""
@@ -179,18 +179,18 @@ class UniformQuantizer(Quantizer):
         """Return scale, zero point and range of codes.
 
         Raises:
-            NotExportable: Above 8 bits, or where each token has a scale of its own.
+            NotExportable: Above 8 bits, or where scales are computed from every input.
         """
         if self.bits > 8:
             raise NotExportable(f"codes of {self.bits} bits do not fit int8", "give at most 8 bits (bits: 8)")
-        if isinstance(self.granularity, PerToken):
-            raise NotExportable("every token has a scale of its own", "choose a grid per tensor")
+        if at_run_time(self.granularity):
+            raise NotExportable("scales are computed from every input", "choose a grid per tensor")
         axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
         group = self.granularity.size if isinstance(self.granularity, PerGroup) else None
         return Affine(self._need("scale"), self._need("zero_point"), self.qmin, self.qmax, axis, group)
 
     def _grid_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if isinstance(self.granularity, PerToken):
+        if at_run_time(self.granularity):
             return self._grid_spanning(*extrema(x.detach(), self.granularity))
         return self._need("scale"), self._need("zero_point")
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from lit_clipq.errors import ConfigError
 from lit_clipq.nn.embedding import QEmbedding
-from lit_clipq.nn.layout import MAPS, PAIRS, PATCHES, ROWS, Layout
+from lit_clipq.nn.layout import MAPS, PAIRS, PATCHES, ROWS, Layout, PairLayout
 from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul, QModule
+from lit_clipq.nn.prefix import Prefixed
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,11 @@ def _maps(layer: nn.Module) -> Layout:
     return PATCHES if layer.groups == 1 else MAPS
 
 
-def _pairs(layer: nn.Module) -> Layout:  # noqa: ARG001
-    return PAIRS
+def _pairs(layer: nn.Module) -> Layout:
+    product = cast(Prefixed, layer)
+    if product.prefix_size == 0:
+        return PAIRS
+    return PairLayout(product.prefix_size, scores=product.prefix_keys is not None)
 
 
 KINDS: list[LayerKind] = [

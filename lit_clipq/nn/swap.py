@@ -10,8 +10,7 @@ from torch import nn
 from lit_clipq.errors import ConfigError
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.registry import LayerKind, kind_of
-
-FLOAT_BITS = 32
+from lit_clipq.nn.widths import FLOAT_BITS as FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class MapEntry:
     """Multiply-accumulates per calibration sample; 0 until profiled."""
     reason: str = ""
     """Why the layer stayed float; empty where it was quantized."""
+    float_share: float = 0.0
+    """Of a quantized layer: share of its multiply-accumulates, 0 to 1, that stay float (outlier channels)."""
 
     @property
     def quantized(self) -> bool:
@@ -63,7 +64,8 @@ class QuantizationMap:
     def float_share(self) -> float:
         """Share of the multiply-accumulates, 0 to 1, whose operands all stayed float."""
         total = sum(entry.macs for entry in self.entries)
-        return sum(entry.macs for entry in self.entries if not entry.quantized) / total if total else 1.0
+        left = sum(entry.macs * (entry.float_share if entry.quantized else 1) for entry in self.entries)
+        return left / total if total else 1.0
 
     def with_macs(self, macs: Mapping[str, float]) -> "QuantizationMap":
         """Return the map with multiply-accumulates filled in by layer name; names it lacks are added as float."""

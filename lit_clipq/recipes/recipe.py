@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from lit_clipq.calibration.needs import Write
+from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.calibration.session import Collection
 from lit_clipq.errors import ConfigError
 from lit_clipq.nn.swap import FLOAT_BITS, Layer, MapEntry, QuantizationMap, select
 from lit_clipq.recipes.widths import BitWidths
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.recorded import Recorded
-from lit_clipq.stages.schedule import Propagate
+from lit_clipq.stages.schedule import Propagate, chooser
 from lit_clipq.stages.stage import Stage
 from lit_clipq.stages.start_tokens import StartTokens, start_products
 
@@ -73,6 +73,12 @@ class Recipe:
         if not all(isinstance(stage, Stage) for stage in self.stages):
             raise ConfigError(f"stages must be stages, got {self.stages!r}; `compose` makes them of names and options")
         check_order(self.stages)
+        choosing = chooser(self.stages)
+        if choosing is not None and self.propagate != "none":
+            raise ConfigError(
+                f"stage {choosing.name} fits layers at several widths on one collection, which propagate: "
+                f"{self.propagate} has not; set propagate to none, or give the widths it reports to a second run"
+            )
 
     def plan(self, layers: Sequence[Layer]) -> QuantizationMap:
         """Decide what becomes of each layer, from widths, patterns and coverage; every stage has a look at it.
@@ -168,6 +174,10 @@ def check_order(stages: Sequence[Stage]) -> None:
         early = next((name for name in names[:place] if name in stage.forbids), None)
         if early is not None:
             raise ConfigError(f"stage {stage.name} must not stand behind {early}; got [{listed}]")
+    reason = next((stage.hides() for stage in stages if stage.hides()), "")
+    looks = next((stage.name for stage in stages if Need.OPERANDS in stage.asks()), None)
+    if reason and looks:
+        raise ConfigError(f"{reason}, which stage {looks} cannot see; put `ranges` in its place; got [{listed}]")
     assigning = [stage.name for stage in stages if Write.GRIDS in stage.writes]
     if len(assigning) != 1:
         raise ConfigError(f"expected one stage that assigns grids, such as `grids`, got {len(assigning)} in [{listed}]")
@@ -175,4 +185,4 @@ def check_order(stages: Sequence[Stage]) -> None:
         raise ConfigError(f"no stage in [{listed}] gives the grids their scales; add `search` or `ranges`")
 
 
-_SCOPES = ("the float network", "grids", "layers")
+_SCOPES = ("the float network", "grids", "layers", "blocks")

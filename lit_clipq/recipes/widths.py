@@ -1,13 +1,12 @@
 """Widths of weights and activations, for each tower, and how the command line's flags decide them."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from lit_clipq.errors import ConfigError
-from lit_clipq.functional.uniform import MAX_BITS, MIN_BITS
-from lit_clipq.nn.swap import FLOAT_BITS, Layer, check_pattern
+from lit_clipq.nn.swap import Layer, check_pattern
+from lit_clipq.nn.widths import FLOAT_BITS, check_bits, read_widths
 
 TOWERS = ("vision", "text")
 OPERANDS = ("weight", "activation")
@@ -40,16 +39,7 @@ class LayerWidths:
             >>> LayerWidths.of("clip.visual.*", "w4a8")
             LayerWidths(pattern='clip.visual.*', weight=4, activation=8)
         """
-        if widths == "float":
-            return cls(pattern, FLOAT_BITS, FLOAT_BITS)
-        if isinstance(widths, int) and not isinstance(widths, bool):
-            return cls(pattern, widths, widths)
-        found = re.fullmatch(r"(?:w(\d{1,2}))?(?:a(\d{1,2}))?", str(widths).lower())
-        if not widths or found is None:
-            raise ConfigError(
-                f"the widths of {pattern!r} must be a number, `float`, or such as `w4a8`, `w4` or `a8`; got {widths!r}"
-            )
-        weight, activation = (None if bits is None else int(bits) for bits in found.groups())
+        weight, activation = read_widths(f"the widths of {pattern!r}", widths)
         return cls(pattern, weight, activation)
 
 
@@ -176,15 +166,3 @@ def _decide(given: Mapping[str, int], tower: str, operand: str) -> int:
         if bits is not None:
             return bits
     return 8
-
-
-def check_bits(name: str, bits: int) -> None:
-    """Refuse a width that no grid has.
-
-    Raises:
-        ConfigError: If `bits` is neither 2 to 16 nor 32.
-    """
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise ConfigError(f"{name} must be a whole number of bits, got {bits!r}")
-    if bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
-        raise ConfigError(f"{name} must be {MIN_BITS} to {MAX_BITS}, or {FLOAT_BITS} for float; got {bits}")

@@ -1,36 +1,33 @@
 """Families of candidate grids for one operand: a start (min-max) and what each index stands for."""
 
 import copy
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_clipq.errors import ConfigError
-from lit_clipq.functional.granularity import PerChannel, PerTensor, PerToken
 from lit_clipq.functional.twin import gelu_fake_quantize, softmax_fake_quantize
 from lit_clipq.nn.quantizer import Quantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
-from lit_clipq.search.selection import linear_multipliers
-
-_MOST = 10_000  # candidates: far more than a search tells apart
 
 
 class Candidates(ABC):
     """Grids an operand may take, numbered 0 .. count - 1, for each of `channels` independent scales.
 
     Attributes:
+        quantizer: Grid whose parameters are searched.
         count: Number of candidates.
         channels: Number of scales that are searched apart.
         start: Index of the min-max grid (the nearest candidate), int64 (channels,).
+        steps: From the start, the candidates that are compared of a family that comes after another; `None` is all.
     """
 
+    quantizer: Quantizer
     count: int
     channels: int = 1
     start: Tensor
+    steps: tuple[int, ...] | None = None
 
     @abstractmethod
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
@@ -43,6 +40,14 @@ class Candidates(ABC):
     def every(self, step: int) -> "Candidates":  # noqa: ARG002 - for those without channels
         """Return the candidates for every n-th channel of the operand."""
         return self
+
+    def then(self, index: Tensor) -> "Candidates | None":  # noqa: ARG002 - most have one parameter
+        """Return the family that is searched next, with the grid of `index` for its start; `None` after the last."""
+        return None
+
+    def limits(self, index: Tensor) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002 - only uniform grids have some
+        """Return the values between which the grid of `index` clips nothing, where that can be said."""
+        return None
 
     @abstractmethod
     def commit(self, index: Tensor) -> None:
@@ -60,6 +65,8 @@ class UniformCandidates(Candidates):
         segments: Channels that share a factor, in order, where they do (one scale for each of q, k and v).
         device: Where the operand is.
     """
+
+    quantizer: UniformQuantizer
 
     def __init__(
         self,
@@ -148,6 +155,8 @@ class SoftmaxCandidates(Candidates):
         powers_of_two: Only splits 2^-m, so that the steps differ by shifts.
     """
 
+    quantizer: TwinSoftmaxQuantizer
+
     def __init__(
         self, quantizer: TwinSoftmaxQuantizer, count: int, *, powers_of_two: bool, device: torch.device
     ) -> None:
@@ -175,6 +184,8 @@ class GeluCandidates(Candidates):
         multipliers: Factors on the step that represents `high`, increasing.
         powers_of_two: Only positive steps that are 2^m times the negative one.
     """
+
+    quantizer: TwinGeluQuantizer
 
     def __init__(self, quantizer: TwinGeluQuantizer, high: Tensor, multipliers: Tensor, *, powers_of_two: bool) -> None:
         self.quantizer = quantizer
@@ -216,38 +227,3 @@ class Fixed(Candidates):
 def _each(values: Tensor, x: Tensor) -> Tensor:
     """View one value a grid (A, 1) so that it meets `x` once for each: (A, 1, ..., 1)."""
     return values.view(len(values), *[1] * x.dim())
-
-
-@dataclass(frozen=True)
-class CandidateGrid:
-    """Which candidates are offered."""
-
-    count: int = 100
-    """Number of candidates."""
-    low: float = 0.01
-    """Smallest multiple of the min-max scale."""
-    high: float = 1.2
-    """Largest multiple of the min-max scale."""
-    powers_of_two: bool = False
-    """Twin grids: the two steps differ by a power of two, so that integer hardware needs shifts only."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.count <= _MOST:
-            raise ConfigError(f"count must be 1 to {_MOST}, got {self.count}")
-        if not 0 < self.low < self.high < math.inf:
-            raise ConfigError(f"low must be above 0 and below high, got {self.low} and {self.high}")
-
-    def of(
-        self, quantizer: Quantizer, low: Tensor, high: Tensor, segments: tuple[int, ...] = (), *, device: torch.device
-    ) -> Candidates:
-        """Return the candidates for a quantizer whose operand spans [low, high]; see `UniformCandidates`."""
-        multipliers = linear_multipliers(self.count, self.low, self.high)
-        if isinstance(quantizer, UniformQuantizer) and isinstance(quantizer.granularity, PerTensor | PerChannel):
-            return UniformCandidates(quantizer, low, high, multipliers, segments, device=device)
-        if isinstance(quantizer, TwinSoftmaxQuantizer):
-            return SoftmaxCandidates(quantizer, self.count, powers_of_two=self.powers_of_two, device=device)
-        if isinstance(quantizer, TwinGeluQuantizer):
-            return GeluCandidates(quantizer, high.to(device), multipliers, powers_of_two=self.powers_of_two)
-        if isinstance(quantizer, UniformQuantizer) and not isinstance(quantizer.granularity, PerToken):
-            quantizer.set_range(low.to(device), high.to(device))
-        return Fixed(quantizer, device)

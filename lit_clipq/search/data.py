@@ -11,13 +11,22 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lit_clipq.calibration.batches import sample_of
 from lit_clipq.calibration.observations import Observations, with_influence
 from lit_clipq.distributed import gather
 from lit_clipq.errors import CalibrationError
 from lit_clipq.functional.distance import Distance
+from lit_clipq.functional.granularity import PerChannel, extrema
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.search.losses import ProductLosses
 from lit_clipq.search.sampling import factored
+
+_HELD_OUT = 4  # every so many samples one is held out
+
+
+def held_out(samples: Tensor) -> Tensor:
+    """Tell which samples, by their global numbers int64 (N,), are not fitted to but judged on: every fourth."""
+    return samples % _HELD_OUT == 1
 
 
 class LayerData:
@@ -48,6 +57,7 @@ class LayerData:
         self.once = once
         self._ready: list[Observations] | None = None
         self._weighted: dict[bool, tuple[list[Observations], float]] = {}
+        self._parts: dict[Distance, tuple[LayerData, LayerData]] = {}
 
     def range_of(self, operand: int) -> tuple[Tensor, Tensor]:
         """Return minimum and maximum of an operand over all ranks, on the CPU; a collective call the first time.
@@ -72,6 +82,18 @@ class LayerData:
         return self._ranges[operand]
 
     @torch.no_grad()
+    def channel_range_of(self, operand: int, axis: int) -> tuple[Tensor, Tensor]:
+        """Return minima and maxima along an axis of an operand, over the units with influence of all ranks, on the CPU.
+
+        A collective call.
+        """
+        own = [
+            torch.stack(extrema(o.inputs[operand].float(), PerChannel(axis))).cpu() for o in self.seen if len(o.keys)
+        ]
+        low, high = torch.stack([piece for rank in gather(own) for piece in rank]).unbind(1)
+        return low.amin(0), high.amax(0)
+
+    @torch.no_grad()
     def weighted(self, distance: Distance, *, factor: bool = True) -> tuple[list[Observations], float]:
         """Return observations in float32 with targets, and with weights of errors where the distance takes them.
 
@@ -94,6 +116,29 @@ class LayerData:
                 raise CalibrationError(f"the Hessian-weighted distance of {self.name} needs output gradients, got none")
             self._weighted[key] = self._weigh(factor=key)
         return self._weighted[key]
+
+    @torch.no_grad()
+    def split(self, distance: Distance) -> "tuple[LayerData, LayerData]":
+        """Return what to fit on and what to judge on: the units of three of four samples, and those of the fourth.
+
+        Which samples those are goes by their global numbers, so that any number of ranks holds out the same. Both parts
+        have the ranges of the whole. Errors are weighed as they were before, where a search has done that.
+
+        Args:
+            distance: For which distance `weighted` will be asked.
+        """
+        if distance not in self._parts:
+            factor = not self._weighted or True in self._weighted
+            data, unit = self.weighted(distance, factor=factor)
+            fitted, judged = LayerData.__new__(LayerData), LayerData.__new__(LayerData)
+            for part, held in ((fitted, False), (judged, True)):
+                part.__dict__.update(self.__dict__)
+                chosen = [o.select(held_out(sample_of(o.keys)) == held) for o in data]
+                part.seen = part._ready = [replace(o, weight=None) for o in chosen]
+                part._weighted = dict.fromkeys((True, False), (chosen, unit)) if distance == "hessian" else {}
+                part._parts = {}
+            self._parts[distance] = fitted, judged
+        return self._parts[distance]
 
     def _with_targets(self) -> list[Observations]:
         """Return the observations with operands in float32 and targets, which everything shares."""

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,8 +18,9 @@ from lit_clipq.functional.granularity import PerChannel, PerTensor, extrema
 from lit_clipq.nn.layout import PATCHES
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.nn.registry import layout_of
-from lit_clipq.search.candidates import CandidateGrid, Candidates, UniformCandidates
+from lit_clipq.search.candidates import Candidates
 from lit_clipq.search.data import LayerData
+from lit_clipq.search.grid import CandidateGrid
 from lit_clipq.search.losses import ProductLosses
 from lit_clipq.search.narrowing import Narrowing, Problem
 from lit_clipq.search.sampling import Sampler
@@ -68,6 +71,10 @@ class LayerSearch:
         self.started = time.perf_counter()
         self.module, self.options, self.device = module or data.module, options, data.device
         self.candidates = self._candidates(data)
+        self.rivals = {
+            name: options.grid.of(quantizer, *data.range_of(self.module.operands.index(name)), device=self.device)
+            for name, quantizer in self.module.rivals.items()
+        }
         self.losses = ProductLosses(self.module, self.candidates, options.distance, self.device)
         self.data, self.unit = data.weighted(options.distance, factor=options.factored)
         self.problem = Problem(self.data, self.candidates, self.losses, self.device)
@@ -78,10 +85,10 @@ class LayerSearch:
         problem = self.problem
         before, costs = self._assess()
         start = dict(problem.chosen)
-        if self.options.exhaustive:
+        sampler = Sampler(self.data, costs, self.device, self._convolution) if not self.options.exhaustive else None
+        if sampler is None:
             problem.alternate(rounds=3)
         elif problem.searched:
-            sampler = Sampler(self.data, costs, self.device, self._convolution)
             Narrowing(problem, sampler, self.options.errors).coarse_to_fine()
         noise = torch.zeros(2, dtype=torch.float64, device=self.device)
         after, _ = self._assess(noise)
@@ -89,12 +96,48 @@ class LayerSearch:
             problem.chosen = start
             problem.alternate(rounds=1, reach=3)
             after, _ = self._assess(noise.zero_())
+        after = self._refine(after, noise, sampler)
         signal, error = sum_over_ranks(noise).clamp(min=1e-300).tolist()
         sqnr_db = 10 * math.log10(signal / error)
         for name, family in self.candidates.items():
             family.commit(problem.chosen[name])
+            if name in self.rivals and family.quantizer is self.rivals[name].quantizer:
+                self.module.input_quantizers[name] = family.quantizer
         seconds = time.perf_counter() - self.started
         return LayerResult(before * self.unit, after * self.unit, sqnr_db, self._clipped(), seconds)
+
+    def _refine(self, after: float, noise: Tensor, sampler: Sampler | None) -> float:
+        """Search further parameters of grids that have some, and rival grids; what makes it no better is taken back.
+
+        Args:
+            after: The objective so far.
+            noise: See `_assess`; of what is chosen in the end.
+            sampler: Draws units; without one all are compared.
+
+        Returns:
+            The objective.
+        """
+        problem = self.problem
+        more = any(family.then(problem.chosen[name]) is not None for name, family in self.candidates.items())
+        if not (more or self.rivals):
+            return after
+        rough, fine = (list(self.data) if sampler is None else sampler.sample(e) for e in self.options.errors[1:])
+        if more:
+            after = self._attempt(lambda: problem.follow(rough, fine, every=sampler is None), after, noise)
+        for name, family in self.rivals.items():
+            after = self._attempt(partial(problem.take, name, family, rough, fine), after, noise)
+        return after
+
+    def _attempt(self, change: Callable[[], None], after: float, noise: Tensor) -> float:
+        families, chosen, refined = dict(self.candidates), dict(self.problem.chosen), torch.zeros_like(noise)
+        change()
+        found, _ = self._assess(refined)
+        if found < after:
+            noise.copy_(refined)
+            return found
+        self.candidates.update(families)
+        self.problem.chosen = chosen
+        return after
 
     @property
     def _convolution(self) -> nn.Module | None:
@@ -114,7 +157,11 @@ class LayerSearch:
                 found["weight"] = grid.of(quantizer, *extrema(weight, quantizer.granularity), device=self.device)
         for i, name in enumerate(module.operands):
             operand = module.operand_quantizers.get(name)
-            if operand is not None:
+            if operand is not None and isinstance(operand.granularity, PerChannel):
+                data.range_of(i)  # says so if there is none
+                low, high = data.channel_range_of(i, operand.granularity.axis)
+                found[name] = grid.of(operand, low, high, (len(low),), device=self.device)
+            elif operand is not None:
                 found[name] = grid.of(operand, *data.range_of(i), device=self.device)
         return found
 
@@ -146,8 +193,9 @@ class LayerSearch:
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         for i, name in enumerate(self.module.operands):
             family = self.candidates.get(name)
-            if isinstance(family, UniformCandidates):
-                low, high = family.limits(self.problem.chosen[name])
+            limits = None if family is None else family.limits(self.problem.chosen[name])
+            if limits is not None:
+                low, high = limits
                 for o in self.data:
                     x = o.inputs[i]
                     counts[0] += (x < low).sum() + (x > high).sum()

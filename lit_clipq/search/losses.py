@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_clipq.calibration.observations import Observations
 from lit_clipq.distributed import sum_over_ranks
 from lit_clipq.functional.distance import Distance, distance_from_sums, distance_sums, sums_of
-from lit_clipq.nn.layout import PAIRS, ROWS, Layout
+from lit_clipq.nn.layout import ROWS, Layout, PairLayout
 from lit_clipq.nn.modules import QModule, QWeighted
 from lit_clipq.search.candidates import Candidates
 
@@ -116,7 +116,8 @@ class ProductLosses:
     def _sums(
         self, o: Observations, first: Tensor | None, second: Tensor | None, per_channel: bool, step: int
     ) -> Iterator[tuple[slice, slice, Tensor]]:
-        compute = self._of_rows if o.layout is ROWS else self._of_products if o.layout is PAIRS else self._of_maps
+        pairs = isinstance(o.layout, PairLayout)
+        compute = self._of_rows if o.layout is ROWS else self._of_products if pairs else self._of_maps
         yield from compute(o, first, second, per_channel, step)
 
     def _of_rows(

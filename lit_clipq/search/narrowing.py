@@ -4,7 +4,7 @@ A layer's product has two operands that are searched together: a weight and its 
 activations. The first one's candidates are compared channel by channel, the second one has one grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +23,7 @@ _SPACING = 8  # of the candidates in them
 _SLACK = 1.4  # times the lowest loss: what may still hold the best candidate
 _LITTLE = 1.05  # times the lowest loss of a pair: what of the second operand may still hold the best
 _LOOKS = 10  # candidates of each operand in the table of both
+_NEAR = 3  # candidates to either side that a weight may move by once its input's grid has changed
 _FINALISTS = 4  # candidates that are compared on more data
 
 
@@ -39,7 +40,7 @@ class Problem:
     """
 
     data: Sequence[Observations]
-    candidates: Mapping[str, Candidates]
+    candidates: dict[str, Candidates]
     losses: ProductLosses
     device: torch.device
     chosen: dict[str, Tensor] = field(default_factory=dict)
@@ -74,6 +75,44 @@ class Problem:
                 else:
                     offers = around(chosen, reach, family.count)
                 self.chosen[name] = best_first(offers, self.losses_of(name, offers, self.data))[0]
+
+    def follow(self, rough: Sequence[Observations], fine: Sequence[Observations], *, every: bool = False) -> None:
+        """Search what families have to be searched next, the second operand's first.
+
+        Args:
+            rough: Few units, on which most candidates are given up.
+            fine: More of them.
+            every: Whether all candidates are compared where few would do.
+        """
+        for name in (self.second, self.first):
+            family, changed = self.candidates.get(name), False
+            while family is not None and (family := family.then(self.chosen[name])) is not None:
+                self.candidates[name], self.chosen[name] = family, family.start
+                if family.steps is None or every:
+                    self.screen(name, (0, family.count - 1), rough, fine)
+                else:
+                    offers = torch.stack([family.start + step for step in family.steps]).clamp(0, family.count - 1)
+                    self.chosen[name] = best_first(offers, self.losses_of(name, offers, fine))[0]
+                changed = True
+            if changed and name == self.second and self.first in self.searched:
+                near = around(self.chosen[self.first][None], _NEAR, self.candidates[self.first].count)
+                self.chosen[self.first] = best_first(near, self.losses_of(self.first, near, fine))[0]
+
+    def take(self, name: str, family: Candidates, rough: Sequence[Observations], fine: Sequence[Observations]) -> None:
+        """Search another family for an operand in the place of the one that it has; see `follow`."""
+        self.candidates[name], self.chosen[name] = family, family.start
+        self.screen(name, (0, family.count - 1), rough, fine)
+        self.follow(rough, fine)
+
+    def screen(
+        self, name: str, span: tuple[int, int], rough: Sequence[Observations], fine: Sequence[Observations]
+    ) -> None:
+        """Choose one operand's candidate, the other's as chosen: the best of a span on few units, then on more."""
+        offers = torch.arange(span[0], span[1] + 1, device=self.device)[:, None]
+        offers = offers.expand(-1, self.candidates[name].channels)
+        offers = best_first(offers, self.losses_of(name, offers, rough))[:_FINALISTS]
+        offers = torch.cat([self.chosen[name][None], offers])
+        self.chosen[name] = best_first(offers, self.losses_of(name, offers, fine))[0]
 
     def table(
         self, data: list[Observations], first: Sequence[int] | None, second: Sequence[int] | None, step: int
@@ -111,16 +150,16 @@ class Narrowing:
         coarse, rough, fine = (self.sampler.sample(error) for error in self.errors)
         if len(self.problem.searched) == 1:
             (name,) = self.problem.searched
-            self.screen(name, (0, self.problem.candidates[name].count - 1), rough, fine)
+            self.problem.screen(name, (0, self.problem.candidates[name].count - 1), rough, fine)
         elif self.problem.losses.weight is None:
             for name, span in self.shortlist(coarse, step=1).items():
-                self.screen(name, span, rough, fine)
+                self.problem.screen(name, span, rough, fine)
             self.refine_pair(fine)
         else:
             step = max(1, self.problem.candidates[self.problem.first].channels // _CHANNELS) if self._by_rows() else 1
             spans = self.shortlist(coarse, step)
             self.refine_input(spans, rough, step)
-            self.screen(self.problem.first, spans[self.problem.first], rough, fine)
+            self.problem.screen(self.problem.first, spans[self.problem.first], rough, fine)
 
     def _by_rows(self) -> bool:
         """Tell, on every rank alike, whether what is drawn are rows, of which every n-th channel can be computed."""
@@ -177,14 +216,6 @@ class Narrowing:
         exact = [problem.losses.losses(everything, f[None], s[None]) for f, s in zip(firsts, seconds, strict=True)]
         best = torch.cat(exact).flatten().argmin()
         problem.chosen = {problem.first: firsts[best], problem.second: seconds[best]}
-
-    def screen(self, name: str, span: tuple[int, int], rough: list[Observations], fine: list[Observations]) -> None:
-        """Choose one operand's candidate, the other's as chosen: the best of a span on few units, then on more."""
-        offers = torch.arange(span[0], span[1] + 1, device=self.problem.device)[:, None]
-        offers = offers.expand(-1, self.problem.candidates[name].channels)
-        offers = best_first(offers, self.problem.losses_of(name, offers, rough))[:_FINALISTS]
-        offers = torch.cat([self.problem.chosen[name][None], offers])
-        self.problem.chosen[name] = best_first(offers, self.problem.losses_of(name, offers, fine))[0]
 
 
 def _between(candidates: Sequence[int], places: tuple[int, int]) -> tuple[int, int]:

@@ -3,9 +3,19 @@
 import importlib
 import pkgutil
 
-from lit_clipq.stages.stage import STAGES, FloatStage, GridStage, LayerStage, LayerTask, Scope, Stage, stage
+from lit_clipq.stages.stage import (
+    STAGES,
+    ChoosingStage,
+    FloatStage,
+    GridStage,
+    LayerStage,
+    LayerTask,
+    Scope,
+    Stage,
+    stage,
+)
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["STAGES", "FloatStage", "GridStage", "LayerStage", "LayerTask", "Scope", "Stage", "stage"]
+__all__ = ["STAGES", "ChoosingStage", "FloatStage", "GridStage", "LayerStage", "LayerTask", "Scope", "Stage", "stage"]

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_clipq.calibration.channels import Channels, SeenChannels
+from lit_clipq.calibration.links import Sample, SeenLinks
 from lit_clipq.calibration.results import LayerResult
-from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer, scale_in_place
+from lit_clipq.calibration.scaling import ChannelScaling, LayerScaling, by_layer, scale_in_place, scaled
 from lit_clipq.calibration.session import Session
 from lit_clipq.errors import CalibrationError, ModelError
-from lit_clipq.nn.modules import QModule, QWeighted
+from lit_clipq.nn.modules import QLinear, QModule, QWeighted
+from lit_clipq.nn.structure import compensate, uncompensate
 from lit_clipq.nn.swap import QuantizationMap, swap, unswap
 from lit_clipq.stages.stage import Stage
 
@@ -34,6 +37,7 @@ class Draft:
         structure: What the network has besides, to be replayed when it is loaded; see `lit_clipq.nn.structure`.
         results: How the search of each layer went.
         reports: What each stage says of itself.
+        attached: Linear layers beside blocks, by the block's name.
         installed: Whether the network is the quantized one now.
         scaling: What scaled channels mean for each layer.
     """
@@ -47,8 +51,10 @@ class Draft:
     structure: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, LayerResult] = field(default_factory=dict)
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attached: dict[str, nn.Linear] = field(default_factory=dict)
     installed: bool = False
     scaling: dict[str, LayerScaling] = field(default_factory=dict)
+    _unscale: Callable[[], None] | None = None
 
     def stage(self, kind: type[S]) -> S:
         """Return the recipe's stage of a kind; there must be one."""
@@ -60,12 +66,27 @@ class Draft:
     def channels(self) -> SeenChannels:
         """Links of channels, and what their readers read."""
         seen = self.session.channels
-        changed = dict(seen.channels)
+        return SeenChannels(seen.links, self._scaled(seen.channels))
+
+    @property
+    def links(self) -> SeenLinks:
+        """Links of every kind, what their readers read, and a sample of it."""
+        seen = self.session.links
+        samples = dict(seen.samples)
+        for name, scaling in self.scaling.items():
+            if scaling.read is not None and name in samples:
+                units = samples[name].units
+                shape = (1, -1, *[1] * (units.dim() - 2))
+                samples[name] = Sample(samples[name].keys, units / scaling.read.to(units).view(shape))
+        return SeenLinks(seen.links, self._scaled(seen.channels), samples)
+
+    def _scaled(self, channels: Mapping[str, Channels]) -> dict[str, Channels]:
+        changed = dict(channels)
         for name, scaling in self.scaling.items():
             if scaling.read is not None and name in changed:
                 c, f = changed[name], scaling.read
                 changed[name] = Channels(c.low / f, c.high / f, c.squares / f.square(), c.rows)
-        return SeenChannels(seen.links, changed)
+        return changed
 
     def start(self, name: str) -> Tensor | None:
         """Return the start token's key or value in a product of the text tower; `None` if no text was seen."""
@@ -88,8 +109,21 @@ class Draft:
         self.changes.append((do, undo))  # first, so that what an interrupt leaves half done is taken back
         do()
 
+    def replace(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Give a module of the float network another parameter of the old one's type and place, as `change` does."""
+        old = module.get_parameter(name)
+        new = nn.Parameter(value.detach().to(old), requires_grad=old.requires_grad)
+        self.change(partial(_set, module, name, new), partial(_set, module, name, old))
+
+    def add_parameter(self, module: nn.Module, name: str, value: Tensor, entry: Mapping[str, Any]) -> None:
+        """Give a module of the float network a parameter that it lacks; `entry` replays that when it is loaded."""
+        like = next(module.parameters())
+        new = nn.Parameter(value.detach().to(like), requires_grad=like.requires_grad)
+        self.change(partial(_set, module, name, new), partial(_set, module, name, None))
+        self.structure.append(dict(entry))
+
     def scale(self, scalings: list[ChannelScaling]) -> None:
-        """Take over channels that are scaled by powers of two, on top of those that are already."""
+        """Take over channels that are scaled, on top of those that are already."""
         known = {scaling.link: scaling for scaling in self.scalings}
         for new in scalings:
             old = known.get(new.link)
@@ -104,7 +138,28 @@ class Draft:
             old = module.weight, module.bias
             module.weight = nn.Parameter(weight, requires_grad=old[0].requires_grad)
             module.bias = None if bias is None or old[1] is None else nn.Parameter(bias, old[1].requires_grad)
+            divisor = self.scaling[name].divides
+            if divisor is not None and isinstance(module, QLinear):
+                module.input_divisor = divisor.to(weight)
         self.modules[name] = module
+
+    def variant(self, plan: QuantizationMap) -> "Draft":
+        """Return a draft of other widths that shares the network, its scaled channels and float weights with this one.
+
+        It has no Q-modules yet, and is not to be installed.
+        """
+        return Draft(self.session, plan, self.stages, scalings=self.scalings, scaling=self.scaling)
+
+    def share_parameters(self, other: "Draft") -> None:
+        """Take over the weights and biases of another draft's layers, so that they are held once."""
+        for name, module in self.modules.items():
+            shared = other.modules[name]
+            if isinstance(module, QWeighted) and isinstance(shared, QWeighted):
+                module.weight, module.bias = shared.weight, shared.bias
+
+    def attach(self, block: str, linear: nn.Linear) -> None:
+        """Let a block return its output plus a linear layer of its input, wherever this draft is in place."""
+        self.attached[block] = linear
 
     # Its place in the network
 
@@ -147,12 +202,8 @@ class Draft:
     @contextmanager
     def scaled_in_place(self) -> Iterator[None]:
         """Let the channels of the float network be scaled while the context is open."""
-        modules = self.session.modules
-        scale_in_place(modules, self.scalings)
-        try:
+        with scaled(self.session.modules, self.scalings):
             yield
-        finally:
-            scale_in_place(modules, self.scalings, back=True)
 
     def changes_weights(self, name: str) -> bool:
         """Whether a stage before the layers are visited gave a layer another float weight or bias than this draft's."""
@@ -176,18 +227,28 @@ class Draft:
             )
 
     def _place(self) -> None:
-        scale_in_place(self._around, self.scalings)
+        self._unscale = scale_in_place(self._around, self.scalings)
         layers = [self.session.layer[name] for name in self.modules]
         swap(self.session.roots, layers, lambda layer: self.modules[layer.name])
+        for block, linear in self.attached.items():
+            compensate(self.session.modules[block], linear)
 
     def _displace(self) -> None:
+        for block in self.attached:
+            uncompensate(self.session.modules[block])
         unswap(self.session.roots, self.session.layers, self.modules)
-        scale_in_place(self._around, self.scalings, back=True)
+        if self._unscale is not None:
+            self._unscale()
+            self._unscale = None
 
     @property
     def _around(self) -> Mapping[str, nn.Module]:
         """The modules that stay in the network."""
         return {name: module for name, module in self.session.modules.items() if name not in self.modules}
+
+
+def _set(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+    module._parameters[name] = value
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ channel may be scaled: the outputs of calibration must stay the same to the bit.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from lit_clipq.calibration.channels import Channels, Link
 from lit_clipq.calibration.needs import Need, Write
-from lit_clipq.calibration.scaling import ChannelScaling, scaled
+from lit_clipq.calibration.scaling import ChannelScaling
 from lit_clipq.distributed import gather
 from lit_clipq.functional.granularity import PerChannel, extrema
 from lit_clipq.nn.quantizer import UniformQuantizer
 from lit_clipq.nn.swap import FLOAT_BITS
 from lit_clipq.stages.draft import Draft
 from lit_clipq.stages.grids import Grids
+from lit_clipq.stages.proof import that_hold
 from lit_clipq.stages.stage import FloatStage, Report, stage
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Equalize(FloatStage):
             if best:
                 chosen[link] = offers[best], float(errors[best] / errors[0])
         chosen = gather(chosen)[0]  # the same on every rank, to the bit
-        kept = _that_hold(draft, [ChannelScaling(link, factors) for link, (factors, _) in chosen.items()])
+        kept = that_hold(draft, [ChannelScaling(link, factors) for link, (factors, _) in chosen.items()])
         draft.scale(kept)
         if len(kept) < len(chosen):
             stay = {scaling.link for scaling in kept}
@@ -150,17 +150,3 @@ def _offers(*readers: tuple[Tensor, Channels]) -> Tensor:
         found = found - found.median(dim=1, keepdim=True).values
         exponents[1:, alive] = found.round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     return torch.exp2(exponents)
-
-
-def _that_hold(draft: Draft, chosen: Sequence[ChannelScaling]) -> list[ChannelScaling]:
-    """Return those with which the outputs stay the same to the bit; where they do not, each half is tried by itself."""
-    if not chosen:
-        return []
-    session = draft.session
-    with scaled(session.modules, chosen):
-        after = session.outputs_now()
-    if all(gather(all(torch.equal(x, y) for x, y in zip(session.outputs, after, strict=True)))):
-        return list(chosen)
-    middle = len(chosen) // 2
-    halves = (chosen[:middle], chosen[middle:]) if middle else ()
-    return [scaling for half in halves for scaling in _that_hold(draft, half)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.errors import ConfigError
-from lit_clipq.functional.granularity import PerToken, extrema
+from lit_clipq.functional.granularity import at_run_time, extrema
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.nn.quantizer import UniformQuantizer
 from lit_clipq.stages.stage import LayerStage, LayerTask, Stage, stage
@@ -26,12 +26,14 @@ class Ranges(LayerStage):
     tables = True
 
     def check_behind(self, before: Sequence[Stage]) -> None:
-        """Refuse twin grids, whose halves minimum and maximum do not decide."""
-        twin = [(s.name, n) for s in before for n, value in s.options().items() if value == "twin"]
-        if twin:
+        """Refuse twin and adaptive grids, which minimum and maximum do not decide."""
+        kinds = ("twin", "adalog", "best")
+        other = [(s.name, n, value) for s in before for n, value in s.options().items() if value in kinds]
+        if other:
+            stage, option, value = other[0]
             raise ConfigError(
-                f"stage ranges cannot calibrate {twin[0][1]}: twin of stage {twin[0][0]}; put search in its place, or "
-                f"give {twin[0][1]}: uniform"
+                f"stage ranges cannot calibrate {option}: {value} of stage {stage}; put search in its place, or give "
+                f"{option}: uniform"
             )
 
     def fit(self, task: LayerTask) -> Any:
@@ -43,7 +45,7 @@ class Ranges(LayerStage):
         module = task.module
         for operand, quantizer in module.operand_quantizers.items():
             if isinstance(quantizer, UniformQuantizer):
-                if not isinstance(quantizer.granularity, PerToken):
+                if not at_run_time(quantizer.granularity):
                     quantizer.set_range(*task.ranges[task.name, operand])
             elif not quantizer.calibrated:
                 raise ConfigError(
@@ -51,5 +53,5 @@ class Ranges(LayerStage):
                     "place, or give grids `softmax: uniform, gelu: uniform`"
                 )
         if isinstance(module, QWeighted) and isinstance(module.weight_quantizer, UniformQuantizer):
-            module.weight_quantizer.set_range(*extrema(module.weight.detach(), module.weight_quantizer.granularity))
+            module.weight_quantizer.set_range(*extrema(module.coded_weight(), module.weight_quantizer.granularity))
         return None

@@ -19,9 +19,11 @@ from lit_clipq.calibration.streams import in_turn
 from lit_clipq.distributed import world_size
 from lit_clipq.functional.granularity import Granularity
 from lit_clipq.nn.modules import QModule, QWeighted
+from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.search.data import LayerData
+from lit_clipq.stages.blocks import floats_of, has_block_stages, visit_blocks
 from lit_clipq.stages.draft import Draft, frozen
-from lit_clipq.stages.stage import FloatStage, GridStage, LayerStage, LayerTask, Stage
+from lit_clipq.stages.stage import ChoosingStage, FloatStage, GridStage, LayerStage, LayerTask, Stage
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ def layer_stages(stages: Sequence[Stage]) -> tuple[LayerStage, ...]:
 def whole_passes(stages: Sequence[Stage], *, fisher: bool) -> int:
     """Predict how often the whole calibration set runs beside the visits of layers."""
     needs = asked(stages)
-    return sum(need.whole_set and not need.by_layer for need in needs) + (fisher and Need.GRADIENTS in needs)
+    whole = sum(need.whole_set and not need.by_layer for need in needs) + (fisher and Need.GRADIENTS in needs)
+    return whole + sum(stage.passes for stage in stages)
 
 
 def blocks_side_by_side(names: Sequence[str], tower_of: Mapping[str, str]) -> list[list[str]]:
@@ -106,8 +109,11 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
     """
     needs = asked(drafts[0].stages)
     names = _names(session, drafts)
-    ranges = {id(draft): _ranges(draft) if Need.RANGES in needs else {} for draft in drafts}
-    visitor = _Visitor(session, drafts, ranges, progress)
+    forms = {id(draft): _forms(draft) for draft in drafts}
+    fitted = [form for draft in drafts for form in forms[id(draft)] or [draft]]
+    ranges = {id(draft): _ranges(draft) if Need.RANGES in needs else {} for draft in fitted}
+    visitor = _Visitor(session, fitted, ranges, progress, {id(form): {} for group in forms.values() for form in group})
+    floats = {id(draft): floats_of(draft) for draft in drafts if has_block_stages(draft.stages)}
     if Need.OPERANDS not in needs:
         for name in names:
             visitor.keep(visitor.fit(name, None))
@@ -116,10 +122,33 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
     else:
         visitor.visit_behind(names, propagate, gradients=Need.GRADIENTS in needs)
     for draft in drafts:
-        for name, module in draft.modules.items():
+        if forms[id(draft)]:
+            visitor.choose(draft, forms[id(draft)])
+        for name in draft.modules:
             if session.layer[name].kind.is_table:
                 visitor.keep_report(draft, visitor.fit_one(draft, name, None))
+        if id(draft) in floats:
+            visit_blocks(draft, floats[id(draft)])
+        for name, module in draft.modules.items():
             frozen(module, name)
+
+
+def chooser(stages: Sequence[Stage]) -> ChoosingStage | None:
+    """Return the stage that has layers fitted in several ways, if there is one."""
+    return next((stage for stage in stages if isinstance(stage, ChoosingStage)), None)
+
+
+def _forms(draft: Draft) -> list[Draft]:
+    """Return the drafts in which the layers of one are fitted before a stage chooses; none where no stage does."""
+    choosing, forms = chooser(draft.stages), []
+    for plan in choosing.plans(draft) if choosing is not None else ():
+        form = draft.variant(plan)
+        for stage in draft.stages:
+            if isinstance(stage, GridStage):
+                stage.assign(form)
+        form.share_parameters(draft)
+        forms.append(form)
+    return forms
 
 
 def _names(session: Session, drafts: Sequence[Draft]) -> list[str]:
@@ -155,6 +184,8 @@ class _Visitor:
     drafts: Sequence[Draft]
     ranges: Mapping[int, Ranges]
     progress: Progress
+    waiting: Mapping[int, dict[str, LayerTask]] = field(default_factory=dict)
+    """Layers of drafts of which a stage is to choose, until it does."""
 
     def visit(self, names: Sequence[str], *, gradients: bool) -> None:
         """Visit layers with float inputs, in as few passes as the memory limit allows."""
@@ -201,7 +232,8 @@ class _Visitor:
     @torch.no_grad()
     def fit_one(self, draft: Draft, name: str, data: LayerData | None) -> LayerTask:
         """Run the layer stages of one draft on one layer."""
-        task = LayerTask(self.session.layer[name], draft.modules[name], draft, data, dict(self.ranges[id(draft)]))
+        ranges = dict(self.ranges.get(id(draft), {}))
+        task = LayerTask(self.session.layer[name], draft.modules[name], draft, data, ranges)
         for stage in layer_stages(draft.stages):
             if task.layer.kind.is_table and not stage.tables:
                 continue
@@ -213,11 +245,34 @@ class _Visitor:
     def keep(self, fitted: _Fitted) -> None:
         """Keep what was found for a layer, and tell that it is done."""
         for draft, task in fitted.tasks:
-            self.keep_report(draft, task)
-            if task.result is not None:
-                result = draft.results[fitted.name] = task.result
-                log.info("%s: %.4g -> %.4g, %.1f dB", fitted.name, result.before, result.after, result.sqnr_db)
+            if id(draft) in self.waiting:
+                self.waiting[id(draft)][task.name] = task
+            else:
+                self._keep_task(draft, task)
         self.progress(fitted.name)
+
+    def choose(self, draft: Draft, forms: Sequence[Draft]) -> None:
+        """Let a draft take each layer as one of its forms has it."""
+        choosing = chooser(draft.stages)
+        assert choosing is not None  # noqa: S101 - it made the forms
+        offers = [self.waiting[id(form)] for form in forms]
+        chosen, report = choosing.choose(draft, offers)
+        entries = {entry.name: entry for form in forms[:1] for entry in form.plan.entries}
+        for name, number in chosen.items():
+            task = offers[number][name]
+            told = {stage: what for stage, what in task.report.items() if stage != choosing.name}
+            task = replace(task, draft=draft, report=told)
+            draft.modules[name] = task.module
+            entries[name] = next(entry for entry in forms[number].plan.entries if entry.name == name)
+            self._keep_task(draft, task)
+        draft.plan = QuantizationMap(tuple(entries.values()))
+        draft.reports[choosing.name] = dict(report)
+
+    def _keep_task(self, draft: Draft, task: LayerTask) -> None:
+        self.keep_report(draft, task)
+        if task.result is not None:
+            result = draft.results[task.name] = task.result
+            log.info("%s: %.4g -> %.4g, %.1f dB", task.name, result.before, result.after, result.sqnr_db)
 
     @staticmethod
     def keep_report(draft: Draft, task: LayerTask) -> None:

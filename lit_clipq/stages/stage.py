@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from torch import nn
+
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.calibration.ranges import Ranges
 from lit_clipq.calibration.results import LayerResult
 from lit_clipq.errors import ConfigError
+from lit_clipq.functional.distance import Distance
 from lit_clipq.nn.modules import QModule
 from lit_clipq.nn.swap import Layer, QuantizationMap
 from lit_clipq.search.data import LayerData
@@ -31,6 +34,8 @@ class Scope(IntEnum):
     """Which operand gets which grid."""
     LAYER = 2
     """One layer after the other, all on the same observations."""
+    BLOCK = 3
+    """One block after the other, behind the quantized blocks in front of it."""
 
 
 class Stage(ABC):
@@ -43,6 +48,7 @@ class Stage(ABC):
         writes: What it changes.
         reads: What stages in front of it must have written.
         forbids: Names of stages that must not stand in front of it.
+        passes: How often it runs the calibration set by itself.
     """
 
     name: ClassVar[str]
@@ -51,6 +57,7 @@ class Stage(ABC):
     writes: ClassVar[frozenset[Write]] = frozenset()
     reads: ClassVar[frozenset[Write]] = frozenset()
     forbids: ClassVar[frozenset[str]] = frozenset()
+    passes: ClassVar[int] = 0
 
     def asks(self) -> frozenset[Need]:
         """Return what of `needs` it looks at with these options."""
@@ -59,6 +66,13 @@ class Stage(ABC):
     def options(self) -> dict[str, Any]:
         """Return its options as plain values."""
         return asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def hides(self) -> str:
+        """Say why what single layers saw does not tell what they will compute; empty where it does.
+
+        Stages that look at operands are then refused.
+        """
+        return ""
 
     def check_behind(self, before: "Sequence[Stage]") -> None:  # noqa: B027 - most stages take any
         """Refuse options of the stages in front of it that it cannot work with.
@@ -76,6 +90,17 @@ class Stage(ABC):
 
         Raises:
             ConfigError: Names the layer, why, and what to change.
+        """
+
+    def check_networks(self, plan: QuantizationMap, roots: Mapping[str, nn.Module]) -> None:  # noqa: B027
+        """Refuse networks that it cannot serve as its options have it, by name, before any data is read.
+
+        Args:
+            plan: What is to become of each layer.
+            roots: Named networks with explicit attentions; they may be on the meta device.
+
+        Raises:
+            ConfigError: Names the module, why, and what to change.
         """
 
 
@@ -135,6 +160,11 @@ class LayerTask:
         return self.layer.name
 
     @property
+    def distance(self) -> Distance:
+        """How the recipe weighs errors: `hessian` where one of its stages asks for gradients, else `l2`."""
+        return "hessian" if any(Need.GRADIENTS in stage.asks() for stage in self.draft.stages) else "l2"
+
+    @property
     def data(self) -> LayerData:
         """What the layer saw.
 
@@ -158,9 +188,40 @@ class LayerStage(Stage):
     scope = Scope.LAYER
     tables: ClassVar[bool] = False
 
+    def workspace_bytes(self, layer: Layer) -> int:  # noqa: ARG002 - most need none
+        """Return the bytes that fitting a layer takes besides copies of what it saw."""
+        return 0
+
     @abstractmethod
     def fit(self, task: LayerTask) -> Any:
         """Fit one layer; what is returned goes into the report under the layer's name, `None` is left out."""
+
+
+class ChoosingStage(LayerStage):
+    """Has every layer fitted in several ways on the same observations, and chooses when all of them are.
+
+    `fit` tells what a layer costs as the stages in front leave it; stages behind work on each of the ways as well.
+    """
+
+    @abstractmethod
+    def plans(self, draft: "Draft") -> list[QuantizationMap]:
+        """Return the plans by which layers are fitted; they differ in widths only.
+
+        Args:
+            draft: Prepared, with the recipe's own plan.
+        """
+
+    @abstractmethod
+    def choose(self, draft: "Draft", offers: Sequence[Mapping[str, LayerTask]]) -> tuple[dict[str, int], Report]:
+        """Choose for each layer.
+
+        Args:
+            draft: The draft of the recipe.
+            offers: For each of the plans the layers as they were fitted.
+
+        Returns:
+            Number of a plan by layer, and what the stage says of itself.
+        """
 
 
 S = TypeVar("S", bound=type[Stage])

@@ -51,6 +51,7 @@ class StartTokens(GridStage):
             kind = StartTokenAverage if name in averages else StartTokenScores
             kept = kind(session.layer[name].module, *module.quantizers)
             kept.register_buffer("constant", draft.start(name))
+            kept.rivals = module.rivals
             draft.modules[name] = kept
         if names:
             return {"products": len(names)}

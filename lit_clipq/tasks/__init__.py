@@ -1,5 +1,6 @@
 """Tasks people use CLIP for, as LightningModules that do not know about quantization."""
 
+from lit_clipq.tasks.agreement import Agreement
 from lit_clipq.tasks.captioning import Captioning
 from lit_clipq.tasks.classification import ZeroShotClassification
 from lit_clipq.tasks.contrastive import ContrastiveTask
@@ -11,6 +12,7 @@ from lit_clipq.tasks.vqa import VQA
 
 __all__ = [
     "VQA",
+    "Agreement",
     "Captioning",
     "ClipTask",
     "ContrastiveTask",

@@ -2,26 +2,28 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_clipq.contracts import ClassData, require
+from lit_clipq.contracts import ClassData, EmbeddedSamples, EmbeddingTask, TowerOutputs, require
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics import TopKAccuracy
+from lit_clipq.metrics.embedded import KeptImages
 from lit_clipq.metrics.functional import distinct_rows
 from lit_clipq.models import text_lengths
 from lit_clipq.models.preprocessing import count_cut_texts
-from lit_clipq.tasks.task import EncodingClipTask, datamodule_of
+from lit_clipq.tasks.task import datamodule_of
+from lit_clipq.tasks.towers import TwoTowerClipTask
 
 logger = logging.getLogger(__name__)
 
 Templates = Literal["openai", "simple"] | list[str]
 
 
-class ZeroShotClassification(EncodingClipTask):
+class ZeroShotClassification(TwoTowerClipTask):
     """Top-k accuracy of the classes whose texts are nearest to the picture.
 
     Before each evaluation the current text tower encodes every prompt; a class is the mean of its prompts' normalised
@@ -58,29 +60,60 @@ class ZeroShotClassification(EncodingClipTask):
         self.templates = prompt_templates(templates)
         self.text_batch_size = text_batch_size
         self.metric = TopKAccuracy(ks=ks)
+        self.keep_embeddings = False
+        self._images = KeptImages()
         self._classes = torch.empty(0, 0)  # (distinct classes, D)
         self._class_row = torch.empty(0, dtype=torch.int64)  # (classes,): its row of _classes
         self._cut: dict[str, int] = {}
 
-    def prepare_evaluation(self) -> None:
+    def shared_outputs(self) -> Sequence[TowerOutputs]:
         """Build the classifier with the text tower as it is now."""
         classifier = self.build_classifier(self._class_names())
         # Classes with the same embedding get their logits from the same column, so that they tie exactly.
         distinct = distinct_rows(classifier)
-        self._classes, self._class_row = classifier[distinct.first], distinct.group
+        return [{"classes": classifier[distinct.first], "class_row": distinct.group}]
+
+    def begin_evaluation(self) -> None:
+        """Forget the last evaluation."""
+        super().begin_evaluation()
+        self._images.reset()
 
     def sample_counts(self) -> dict[str, int]:
         """Number of pictures in the last evaluation, and of prompts that the text tower cuts where there are any."""
         return {**super().sample_counts(), **self._cut}
 
-    def evaluation_step(self, batch: Mapping[str, Tensor]) -> None:
-        """Classify one batch."""
-        self.metric.update(self.logits(batch["images"]), batch["labels"], batch["image_ids"])
+    def tower_outputs(self, tower: str, batch: Mapping[str, Tensor]) -> TowerOutputs | None:
+        """Embed the pictures of one batch; the texts were embedded before all batches."""
+        if tower == "text":
+            return None
+        return {"embeddings": self.embed_images(batch["images"]), "labels": batch["labels"], "ids": batch["image_ids"]}
+
+    def score_outputs(self, tower: str, outputs: TowerOutputs) -> None:
+        """Take the classifier, or classify the pictures of one batch."""
+        if tower == "text":
+            self._classes, self._class_row = outputs["classes"], outputs["class_row"]
+        else:
+            if self.keep_embeddings:
+                self._images.update(outputs["embeddings"], outputs["labels"], outputs["ids"])
+            self.metric.update(self._logits(outputs["embeddings"]), outputs["labels"], outputs["ids"])
+
+    def embeddings(self) -> EmbeddedSamples:
+        """Embeddings of the pictures and the classes of the evaluation at hand, of all ranks; a collective call.
+
+        Raises:
+            RuntimeError: If `keep_embeddings` was not set before the evaluation.
+        """
+        if not self.keep_embeddings:
+            raise RuntimeError("expected kept embeddings, got none; set `keep_embeddings` before the evaluation")
+        return self._images.with_classes(self._classes[self._class_row])
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits float32 (B, classes) of images (B, 3, H, W)."""
+        return self._logits(self.embed_images(images))
+
+    def _logits(self, embeddings: Tensor) -> Tensor:
         scale = self.clip.get_parameter("logit_scale").float().exp()
-        return (scale * self.embed_images(images) @ self._classes.T)[:, self._class_row]
+        return (scale * embeddings @ self._classes.T)[:, self._class_row]
 
     @torch.no_grad()
     def build_classifier(self, class_names: Sequence[str]) -> Tensor:
@@ -119,6 +152,13 @@ class ZeroShotClassification(EncodingClipTask):
                 "use a classification datamodule, and call its setup()"
             )
         return list(data.class_names)
+
+
+if TYPE_CHECKING:
+
+    def _fulfils(task: ZeroShotClassification) -> EmbeddingTask:
+        """Let the type checker hold the class against its contract."""
+        return task
 
 
 def prompt_templates(templates: Templates) -> list[str]:

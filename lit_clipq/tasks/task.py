@@ -87,19 +87,27 @@ class EvaluationTask(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last evaluation."""
-        self.metric.reset()
-        self._evaluation = None
+        self.begin_evaluation()
         self.prepare_evaluation()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002 Lightning's signature
         """Evaluate one batch."""
         self.evaluation_step(batch)
 
-    def on_validation_epoch_end(self) -> None:
-        """Gather, score and log."""
+    def begin_evaluation(self) -> None:
+        """Forget the last evaluation."""
+        self.metric.reset()
+        self._evaluation = None
+
+    def finish_evaluation(self) -> None:
+        """Gather and score what is in the metric."""
         self._results = self.metric.compute()
         self._evaluation = self.metric.evaluation()
         self.metric.reset()  # embeddings are large, and no longer needed
+
+    def on_validation_epoch_end(self) -> None:
+        """Gather, score and log."""
+        self.finish_evaluation()
         # The value is the same on every rank; syncing it only tells Lightning that this is meant.
         self.log_dict(self._results, sync_dist=True)
 

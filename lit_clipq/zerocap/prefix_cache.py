@@ -134,6 +134,9 @@ class PrefixTextEncoder:
         return x
 
 
+_AT_RUN_TIME = ("PerToken", "PerSample")  # granularities of grids that depend on the input
+
+
 def why_not(model: nn.Module) -> str:
     """Say why the text tower of a CLIP cannot run from kept keys and values; empty where it can."""
     root: Any = end_token_root(model)
@@ -145,7 +148,7 @@ def why_not(model: nn.Module) -> str:
         if not isinstance(block.attn, ExplicitAttention) and explicit_counterpart(block.attn, block) is None:
             return f"its attention {qualified_name(block.attn)} has no explicit counterpart"
         break  # all blocks of a tower are alike
-    if any(type(getattr(module, "granularity", None)).__name__ == "PerToken" for module in root.modules()):
+    if any(type(getattr(module, "granularity", None)).__name__ in _AT_RUN_TIME for module in root.modules()):
         return "its activation grids depend on the input"
     return ""
 

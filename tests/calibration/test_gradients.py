@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_clipq.calibration.objective import contrastive_cotangents, random_directions
+from lit_clipq.calibration.batches import Rows
+from lit_clipq.calibration.objective import contrastive_cotangents, gauss_newton_cotangents, random_directions
 from lit_clipq.calibration.passes import CalibrationSet, look
 from lit_clipq.calibration.recorder import Recorder, Watched
 from lit_clipq.nn.layout import ROWS
@@ -62,6 +63,37 @@ def test_their_mean_is_the_gauss_newton_diagonal():
     found = squared_gradients(net, x, directions)["first"] / draws
     diagonal = jacobians(net, x).square().sum(1) / 3
     torch.testing.assert_close(found, diagonal, rtol=0.15, atol=0.02 * diagonal.max().item())  # of 4,000 draws
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 1},
+        {"seed": 1 << 31},
+        {"output": 1},
+        {"keys": torch.tensor([8])},
+        {"keys": torch.tensor([7 + (1 << 32)])},
+    ],
+    ids=str,
+)
+def test_directions_depend_on_seed_output_and_sample(other):
+    usual = {"shape": torch.Size((1, 64)), "keys": torch.tensor([7]), "seed": 0, "output": 0}
+    directions = random_directions(**usual)
+    assert torch.equal(directions, random_directions(**usual))
+    assert (directions * random_directions(**usual | other)).sum().abs() < 0.6  # equal ones: 1; 5 deviations of chance
+
+
+def test_the_outputs_of_a_sample_have_directions_of_their_own():
+    outputs = {"image": torch.zeros(2, 64), "text": torch.zeros(2, 64)}
+    rows = Rows(torch.arange(2))
+    found = gauss_newton_cotangents(0, 1)(outputs, rows)
+    assert not torch.equal(found["image"], found["text"])
+
+
+def test_the_draws_of_a_seed_are_not_those_of_the_next():
+    image, text = torch.eye(6), torch.eye(6).roll(1, 0)
+    by_seed = [[contrastive_cotangents(image, text, 0.5, seed, draw)[0] for draw in range(2)] for seed in range(2)]
+    assert not torch.equal(by_seed[0][1], by_seed[1][0])
 
 
 def test_the_mean_square_of_the_contrastive_gradient_is_the_fisher_diagonal():

@@ -11,6 +11,11 @@ from tests.ddp.processes import run_processes
 RECIPES = {
     "vanilla": make_recipe("vanilla", bits=BitWidths.resolve({"bits": 6}), attention_products=True),
     "gauss_newton": make_recipe("ptq4clip", bits=BitWidths.resolve({"bits": 4})),
+    "adalog": make_recipe("adalog", bits=BitWidths.resolve({"bits": 4}), include=("clip.*.1.*",)),
+    "mixed_size": make_recipe(
+        "mixed_size", bits=BitWidths.resolve({"weight_bits": 4}), include=("clip.visual.transformer.resblocks.1.*",)
+    ),
+    "llm_int8": make_recipe("llm_int8", bits=BitWidths.resolve({"bits": 8}), include=("clip.visual.*.0.*",)),
     "fisher": make_recipe("ptq4clip", bits=BitWidths.resolve({"bits": 4}), objective="fisher"),
 }
 TEXTS = ["a red star", "two blue cups on sand", "a big green tree left of a small black house", "a fish", "three keys"]
@@ -45,14 +50,16 @@ def test_two_processes_take_the_scales_of_one(calibrated, name):
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert layers == others
     assert layers.keys() == expected.keys()
-    grids = [key for key in first if key.endswith(("scale", "zero_point", "split", "positive_step"))]
+    grids = [
+        key for key in first if key.endswith(("scale", "zero_point", "split", "positive_step", "base", "outliers"))
+    ]
     assert grids
     differing = {key.rpartition(".")[0] for key in grids if not torch.equal(first[key], alone[key])}
     for layer, (before, after) in layers.items():
         assert before == pytest.approx(expected[layer][0], rel=1e-6)
         if any(place.startswith(layer.removeprefix("clip.")) for place in differing):
             assert after == pytest.approx(expected[layer][1], rel=1e-6)
-    if name == "vanilla":
+    if name in ("vanilla", "llm_int8"):
         assert not differing
 
 

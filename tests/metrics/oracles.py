@@ -157,3 +157,39 @@ def vqa(preds, target, types):
         of_type = [score for score, kind in zip(scores, types, strict=True) if kind == name]
         found[f"vqa_accuracy_{name.replace('/', '_')}"] = sum(of_type) / len(of_type)
     return found
+
+
+def agreement(images, float_images, texts, float_texts, ks):
+    """Agreement of two searches by loops over queries and items; ranks by counting."""
+    results = {}
+    for kind, rows, floats in (("image", images, float_images), ("text", texts, float_texts)):
+        results[f"cosine_{kind}"] = sum(map(cosine, rows, floats)) / len(rows)
+    quantized, exact = {"i": images, "t": texts}, {"i": float_images, "t": float_texts}
+    for query, item in ("ti", "it"):
+        for suffix, q, i in (
+            ("", quantized, quantized),
+            ("_quantized_queries", quantized, exact),
+            ("_quantized_index", exact, quantized),
+        ):
+            per_query = [
+                _agreement_of_query(a, exact[item], b, i[item], ks) for a, b in zip(exact[query], q[query], strict=True)
+            ]
+            for name in per_query[0]:
+                results[f"{name}_{query}2{item}{suffix}"] = sum(row[name] for row in per_query) / len(per_query)
+    return results
+
+
+def _agreement_of_query(first, first_index, second, second_index, ks):
+    searches = [
+        [cosine(query, item) for item in index] for query, index in ((first, first_index), (second, second_index))
+    ]
+    found = {}
+    for k in ks:
+        one, other = (set(sorted(range(len(s)), key=lambda j: (-s[j], j))[:k]) for s in searches)
+        found[f"top{k}"] = len(one & other) / k
+    one, other = ([sum(y < x for y in s) + (sum(y == x for y in s) + 1) / 2 for x in s] for s in searches)
+    mean = (len(one) + 1) / 2
+    spread = [sum((x - mean) ** 2 for x in ranks) for ranks in (one, other)]
+    product = sum((x - mean) * (y - mean) for x, y in zip(one, other, strict=True))
+    found["rank_correlation"] = product / (spread[0] * spread[1]) ** 0.5 if all(spread) else float(not any(spread))
+    return found

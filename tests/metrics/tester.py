@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lit_clipq.metrics import CIDEr, RetrievalRecall, TopKAccuracy, VQAAccuracy
+from lit_clipq.metrics import CIDEr, EmbeddingAgreement, RetrievalRecall, TopKAccuracy, VQAAccuracy
 from tests.metrics import oracles
 
 
@@ -87,6 +87,27 @@ def _vqa_oracle(batches):
     return oracles.vqa(*columns)
 
 
+def _agreement_batch(start):
+    """Four images and five texts, float and quantized; two of the quantized texts are level."""
+    rows = {
+        "images": oracles.lattice(4, 6, start),
+        "float_images": oracles.lattice(4, 6, start + 1),
+        "image_ids": start + torch.arange(4),
+        "texts": oracles.lattice(5, 6, start + 2),
+        "float_texts": oracles.lattice(5, 6, start + 3),
+        "text_ids": start + torch.arange(5),
+    }
+    rows["texts"][3] = rows["texts"][0]
+    return rows
+
+
+def _agreement_oracle(batches):
+    """Rows in the order of their ids, as the index has them."""
+    batches = sorted(batches, key=lambda batch: int(batch["image_ids"][0]))
+    kinds = ("images", "float_images", "texts", "float_texts")
+    return oracles.agreement(*(torch.cat([batch[key] for batch in batches]) for key in kinds), (1, 3))
+
+
 STARTS = (300, 100, 200)  # ids do not arrive in order
 CASES = {
     "retrieval": MetricCase(
@@ -96,6 +117,9 @@ CASES = {
     ),
     "classification": MetricCase(
         lambda: TopKAccuracy(ks=(1, 3)), [_classification_batch(start) for start in STARTS], _classification_oracle
+    ),
+    "agreement": MetricCase(
+        lambda: EmbeddingAgreement(ks=(1, 3)), [_agreement_batch(start) for start in STARTS], _agreement_oracle
     ),
     "captioning": MetricCase(CIDEr, [_captioning_batch(start) for start in STARTS], _captioning_oracle),
     "vqa": MetricCase(VQAAccuracy, [_vqa_batch(start) for start in STARTS], _vqa_oracle),

@@ -7,6 +7,7 @@ import torch
 
 import lit_clipq.recipes  # noqa: F401 - brings every grid that a recipe can choose
 from lit_clipq.functional.granularity import PerChannel, extrema
+from lit_clipq.nn.adaptive_log import AdaptiveLogQuantizer
 from lit_clipq.nn.quantizer import (
     LogQuantizer,
     Quantizer,
@@ -51,7 +52,14 @@ def log(bits):
     return LogQuantizer(bits, steps_per_octave=2), values().softmax(-1), (0, 2**bits - 1)
 
 
-CASES = {f.__name__: f for f in (uniform, uniform_symmetric, twin_softmax, twin_gelu, log)}
+def adaptive_log(bits):
+    gelu = torch.nn.functional.gelu(values())
+    quantizer = AdaptiveLogQuantizer(bits, minimum=float(gelu.min()))
+    quantizer.base, quantizer.scale = torch.tensor(29 if bits < 8 else 3), gelu.max() - gelu.min()
+    return quantizer, gelu, (0, 2**bits - 1)
+
+
+CASES = {f.__name__: f for f in (uniform, uniform_symmetric, twin_softmax, twin_gelu, log, adaptive_log)}
 
 
 def grids(kind: type[Quantizer] = Quantizer) -> Iterator[type[Quantizer]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_clipq.api import quantize
-from lit_clipq.calibration.objective import contrastive_cotangents
+from lit_clipq.calibration.objective import contrastive_cotangents, drawn_by
 from lit_clipq.errors import CalibrationError, ConfigError
 from lit_clipq.models import encode_image, encode_text, load_clip, make_explicit
 from lit_clipq.nn.quantizer import LogQuantizer, TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
@@ -159,7 +159,7 @@ def test_the_fisher_gradient_is_that_of_autograd_for_the_drawn_classes():
     generator = torch.Generator().manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(6, 5, generator=generator), dim=-1) for _ in range(2))
     by_image, by_text = contrastive_cotangents(image, text, temperature=0.5, seed=3)
-    draw = torch.Generator().manual_seed(3)
+    draw = drawn_by(3, 0)
     logits = image.double() @ text.double().T / 0.5
     rows = torch.multinomial(logits.softmax(1), 1, generator=draw)[:, 0]
     columns = torch.multinomial(logits.T.softmax(1), 1, generator=draw)[:, 0]

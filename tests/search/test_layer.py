@@ -16,8 +16,8 @@ from lit_clipq.nn.matmul import MatMul
 from lit_clipq.nn.modules import QConv2d, QLinear, QMatMul
 from lit_clipq.nn.quantizer import TwinGeluQuantizer, TwinSoftmaxQuantizer, UniformQuantizer
 from lit_clipq.nn.registry import layout_of
-from lit_clipq.search.candidates import CandidateGrid
 from lit_clipq.search.data import LayerData
+from lit_clipq.search.grid import CandidateGrid
 from lit_clipq.search.layer import LayerSearch, SearchOptions
 from lit_clipq.search.sampling import patches_of
 from lit_clipq.search.selection import linear_multipliers

@@ -15,6 +15,7 @@ from lit_clipq.calibration.passes import CalibrationSet
 from lit_clipq.checkpoint import identify, read_artefact
 from lit_clipq.errors import CalibrationError, ConfigError, ModelError
 from lit_clipq.models import load_clip
+from lit_clipq.nn.structure import add_bias
 from lit_clipq.recipes import BitWidths, compose, make_recipe, recipe_from_json
 from lit_clipq.stages import STAGES, LayerStage, stage
 from lit_clipq.stages.schedule import blocks_side_by_side
@@ -72,7 +73,7 @@ def test_stages_in_place_give_the_numbers_of_the_recipe_by_name(clip, batch):
         (["grids", "serach"], "unknown stage 'serach'.* did you mean 'search'"),
         (
             [{"grids": {"softmax": "triple"}}, "search"],
-            "softmax must be one of twin, uniform, log2, log_sqrt2; got 'triple'",
+            "softmax must be one of twin, uniform, log2, log_sqrt2, adalog, best; got 'triple'",
         ),
         ([{"grids": {"speed": 1}}, "search"], "stage grids has no option speed"),
         (["grids", {"search": {"grid": {"count": "many"}}}], 'grid.count of stage search: .*; got "many"'),
@@ -361,11 +362,25 @@ def test_registering_a_taken_name_is_refused():
     assert STAGES["search"].__module__ == "lit_clipq.stages.search"
 
 
+@dataclass(frozen=True)
+class Biased(LayerStage):
+    """Give every layer a bias."""
+
+    writes = frozenset({Write.BIAS})
+
+    def fit(self, task):
+        if task.module.bias is None:
+            task.structure.append(dict(add_bias(task.module, task.name)))
+
+
+Biased.name = "biased"
+
+
 def test_forms_that_share_a_layer_each_say_what_was_added_to_it(batch, tmp_path):
     clip = load_clip("mini-vit", "mini")
     identity = identify(clip)
     include = ("clip.visual.proj", "clip.visual.transformer.resblocks.0.mlp.c_fc")
-    recipe = make_recipe("ptq4clip", bias_correction=True, include=include)
+    recipe = compose([*ALL, Biased()], include=include)
     forms = quantize_many(clip.model, [batch], [recipe, recipe])
     for number, form in enumerate(forms):
         with form.installed() as report:

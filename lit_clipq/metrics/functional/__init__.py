@@ -1,5 +1,6 @@
 """Metrics as pure functions of tensors."""
 
+from lit_clipq.metrics.functional.agreement import cosine_of_pairs, mean_ranks, ranking_agreement
 from lit_clipq.metrics.functional.bootstrap import BootstrapInterval, paired_bootstrap
 from lit_clipq.metrics.functional.caption_files import match_captions, read_captions, write_captions
 from lit_clipq.metrics.functional.cider import cider_d
@@ -19,15 +20,18 @@ __all__ = [
     "SampleScores",
     "cider_d",
     "corpus_bleu",
+    "cosine_of_pairs",
     "count_matches",
     "distinct_rows",
     "exact_mean",
     "expected_hits",
     "label_ranks",
     "match_captions",
+    "mean_ranks",
     "paired_bootstrap",
     "process_answer",
     "ptb_tokens",
+    "ranking_agreement",
     "read_captions",
     "recall_name",
     "retrieval_hits",
