@@ -1,8 +1,8 @@
 """Sessions of ONNX Runtime whose integer products are exact on every CPU.
 
 Without VNNI the products of unsigned and signed bytes add up pairs in 16 bits and saturate, unless the session is told
-to be precise (`session.x64quantprecision`): it then multiplies unsigned by unsigned bytes. With VNNI the entry changes
-nothing.
+to be precise (`session.x64quantprecision`): it then multiplies unsigned by unsigned bytes. With VNNI the products are
+exact without, to the bit, and the entry would only make them slower; it is set where the CPU has none.
 """
 
 from functools import cache
@@ -42,7 +42,8 @@ def open_session(
     ort = need("onnxruntime", "onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # advice about files written for one machine
-    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
+    precise = exact and not multiplies_exactly()
+    options.add_session_config_entry("session.x64quantprecision", "1" if precise else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads

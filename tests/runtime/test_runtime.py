@@ -16,6 +16,7 @@ from lit_clipq.mini.world import picture, picture_captions
 from lit_clipq.models import PreprocessingOptions
 from lit_clipq.runtime import Index, load
 from lit_clipq.runtime.packages import need
+from lit_clipq.runtime.session import open_session
 from lit_clipq.runtime.tokenizer import Tokenizer
 from tests.export.conftest import Exported, twin  # noqa: F401 - a fixture
 
@@ -130,3 +131,10 @@ def test_an_edited_or_cut_export_is_refused(twin: Exported, tmp_path):  # noqa: 
 def test_a_missing_package_is_named_with_its_pip_line():
     with pytest.raises(Exception, match=r"run `pip install nothing-such`, or `pip install lit-clipq\[runtime\]`"):
         need("nothing_such", "nothing-such")
+
+
+@pytest.mark.parametrize(("vnni", "entry"), [(True, "0"), (False, "1")])
+def test_sessions_are_precise_where_the_cpu_would_saturate(twin: Exported, monkeypatch, vnni, entry):  # noqa: F811
+    monkeypatch.setattr("lit_clipq.runtime.session.multiplies_exactly", lambda: vnni)
+    options = open_session(twin.report.path / "text.onnx").get_session_options()
+    assert options.get_session_config_entry("session.x64quantprecision") == entry
