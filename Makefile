@@ -21,3 +21,4 @@ bench:
 	python -m benchmarks.captioning
 	python -m benchmarks.calibration
 	python -m benchmarks.vqa
+	python -m benchmarks.integer

@@ -298,6 +298,10 @@ class Quantize(pl.Callback):
         """In `test`: quantize before the first batch."""
         self._apply(trainer, pl_module)
 
+    def quantize_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Quantize, or load the quantized model, outside of any loop."""
+        self._apply(trainer, pl_module)
+
     def _apply(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self.swept or not self.active or self.report is not None or self.recipe is None:
             return

@@ -10,7 +10,7 @@ from torch import Tensor
 from datamodules.images import ContentIndex, Picture
 from lit_clipq.contracts import Preprocessing
 from lit_clipq.errors import CalibrationError, DataError
-from lit_clipq.models.pictures import damage
+from lit_clipq.pictures import damage
 
 logger = logging.getLogger(__name__)
 

@@ -36,8 +36,8 @@ from lit_clipq.contracts import (
     Preprocessing,
 )
 from lit_clipq.errors import ConfigError, DataError
-from lit_clipq.models.pictures import DECODING
 from lit_clipq.models.preprocessing import count_cut_texts
+from lit_clipq.pictures import DECODING
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_clipq.errors import DataError
-from lit_clipq.models.pictures import absence, damage, load_rgb, picture_suffixes
+from lit_clipq.pictures import absence, damage, load_rgb, picture_suffixes
 
 logger = logging.getLogger(__name__)
 

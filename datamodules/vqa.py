@@ -31,7 +31,7 @@ from datamodules.vqa_files import Question, read_questions
 from lit_clipq.contracts import AskedQuestion, Collator, OffersWords, Preprocessing, QuestionData, Split, TrainingData
 from lit_clipq.errors import ConfigError
 from lit_clipq.metrics.functional import AnswerVocabulary
-from lit_clipq.models.pictures import load_rgb
+from lit_clipq.pictures import load_rgb
 
 logger = logging.getLogger(__name__)
 

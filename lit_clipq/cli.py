@@ -16,7 +16,7 @@ from operator import or_
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NoReturn, TypeVar, cast, get_args
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -53,7 +53,7 @@ class FitConfig(SaveConfigCallback):
 
 
 class ClipQuantCLI(LightningCLI):
-    """LightningCLI with fit, validate and test, and quantization as the top-level group `quantize`."""
+    """LightningCLI with fit, validate, test and export, and quantization as the top-level group `quantize`."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -63,6 +63,7 @@ class ClipQuantCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": own,
             "test": own,
+            "export": {"model", "datamodule"},
             "analyze": own,
             "sweep": {"model", "datamodule"},
         }
@@ -80,7 +81,7 @@ class ClipQuantCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `--quantize.*`, `--results` and `--resume`."""
+        """Add `--quantize.*`, `--results`, `--resume` and `--backend`."""
         from callbacks import Quantize
 
         whole_numbers_first(parser)
@@ -94,6 +95,13 @@ class ClipQuantCLI(LightningCLI):
             default=False,
             help="Go on from the captions that an interrupted run left beside the results.",
         )
+        parser.add_argument(
+            "--backend",
+            type=Literal["torch", "onnxruntime"],
+            default="torch",
+            help="`onnxruntime` evaluates a third time, with the integer products of an export.",
+        )
+        parser.link_arguments("backend", "trainer.backend")
         parser.link_arguments("results", "trainer.results")
         parser.link_arguments("resume", "trainer.resume")
 
@@ -149,6 +157,14 @@ class ClipQuantCLI(LightningCLI):
         if written:
             lines.append(f"evaluate it with `lightning validate` and --ckpt_path {written}")
         console().print("\n".join(lines), highlight=False, soft_wrap=True)
+
+    def after_export(self) -> None:
+        """Say what was exported, and where it lies."""
+        trainer = cast(QuantTrainer, self.trainer)
+        if trainer.exported is not None:
+            from lit_clipq.export import told
+
+            console().print(told(trainer.exported), highlight=False, soft_wrap=True)
 
     def after_validate(self) -> None:
         """Print the comparison."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -303,6 +304,14 @@ class MeasuredTask(QuantizableTask, Protocol):
 
 
 @runtime_checkable
+class EncodingTask(Protocol):
+    """A task that asks its CLIP for embeddings and nothing else, so that any encoder can take its place."""
+
+    def encoded_by(self, encoder: Any, /) -> AbstractContextManager[None]:
+        """Let an encoder with `encode_image` and `encode_text` take the place of the CLIP while the context is open."""
+
+
+@runtime_checkable
 class EmbeddingTask(Protocol):
     """A task that compares pictures with texts by their embeddings."""
 
@@ -525,6 +534,9 @@ class Quantizing(Protocol[RecipeT_co, ReportT_co]):
     def preflight(self, trainer: RunningTrainer, task: QuantizableTask, /, *, weights_are_final: bool) -> None:
         """Refuse what cannot be saved or loaded in the end, before anything is evaluated."""
 
+    def quantize_now(self, trainer: Any, task: Any, /) -> None:
+        """Quantize, or load the quantized model, outside of any loop."""
+
 
 @runtime_checkable
 class Calibrating(Protocol[RecipeT]):
@@ -565,6 +577,7 @@ _TASK = "derive it from `lit_clipq.tasks.ClipTask`"
 _REFUSALS: dict[type, tuple[type[LitClipqError], str, str]] = {
     QuantizableTask: (ConfigError, "a task", _TASK),
     MeasuredTask: (ConfigError, "a task", _TASK),
+    EncodingTask: (ConfigError, "a task", "derive it from `lit_clipq.tasks.task.EncodingClipTask`"),
     CalibrationData: (CalibrationError, "a datamodule", "use one of `datamodules`"),
     ClassData: (DataError, "a datamodule", "use a classification datamodule"),
     QuestionData: (ConfigError, "a datamodule", "use a VQA datamodule"),

@@ -11,9 +11,9 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -22,18 +22,25 @@ from rich.console import Console
 from torch import distributed as dist
 
 from lit_clipq.analysis.caption_run import CaptionFiles, digest_of
-from lit_clipq.analysis.comparison import Comparison, Interval, write_json
+from lit_clipq.analysis.comparison import Comparison, IntegerResult, Interval, write_json
 from lit_clipq.analysis.measurement import Measurement
 from lit_clipq.analysis.records import PointRecord
 from lit_clipq.api import QuantizationReport
 from lit_clipq.checkpoint import state_hash
-from lit_clipq.contracts import IdentifiedData, MeasuredTask, Observing, Quantizing, TwoTowerTask, require
+from lit_clipq.contracts import EncodingTask, IdentifiedData, MeasuredTask, Observing, Quantizing, TwoTowerTask, require
 from lit_clipq.errors import ConfigError
+from lit_clipq.export import ExportOptions, Reference, Samples, check_target, embeddings
+from lit_clipq.export.backend import IntegerTowers
 from lit_clipq.metrics.functional.bootstrap import paired_bootstrap
 from lit_clipq.models.training_checkpoint import check_training_checkpoint
 from lit_clipq.nn.swap import QuantizationMap
 from lit_clipq.paths import cache_dir
 from lit_clipq.recipes import Recipe
+from lit_clipq.runtime import load
+from lit_clipq.runtime.folder import TOWER_FILES
+
+if TYPE_CHECKING:
+    from lit_clipq.export import ExportReport
 from lit_clipq.sensitivity import Analysis
 from lit_clipq.sweep import ResultsFile, SweepOptions
 from lit_clipq.sweep.progress import SweepProgress
@@ -60,6 +67,7 @@ class QuantTrainer(Trainer):
         results: Where `results.json` is written.
         resume: Whether to go on from the captions that an interrupted run left beside `results`; captioning only.
         float_cache: Whether the float measurement is remembered between runs, by model, data and options.
+        backend: `onnxruntime` exports the quantized CLIP and evaluates it a third time, with integer products.
         **kwargs: Lightning's.
     """
 
@@ -69,15 +77,19 @@ class QuantTrainer(Trainer):
         results: str = "results.json",
         resume: bool = False,
         float_cache: bool = True,
+        backend: Literal["torch", "onnxruntime"] = "torch",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.backend = backend
         _check_launcher(self.strategy)
         self.results = results
         self.resume = resume
         self.float_cache = float_cache
         self.comparison: Comparison | None = None
         self.analysis: Analysis | None = None
+        self.exported: ExportReport | None = None
+        """What `export` wrote."""
         self.command = ""
         """The command line, where there is one; for the records of a sweep."""
         self.sweep_worker: tuple[Worker, list[str]] | None = None
@@ -206,6 +218,50 @@ class QuantTrainer(Trainer):
         content = {**origin, **self.analysis.to_json(), "quantize": recipe.to_json()}
         write_json(Path(self.results), {**content, "versions": versions(), "command": _command()})
         return self.analysis
+
+    def export_model(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        export: ExportOptions = ExportOptions(),  # noqa: B008 - frozen
+    ) -> None:
+        """Quantize the task's CLIP, or load it quantized, and export it; nothing is evaluated.
+
+        Args:
+            model: A task.
+            datamodule: One of `datamodules`, for calibration.
+            export: Where and how.
+
+        Raises:
+            ConfigError: If nothing is quantized, or the quantized CLIP cannot be exported.
+            ModelError: If the exported graphs compute something else than the network does.
+        """
+        from lit_clipq.export import export_clip  # names what is not installed
+
+        callback, task = self._quantizing(), require(model, MeasuredTask)
+        if callback is None or not callback.active or callback.dry_run or "clip" not in task.roots():
+            raise ConfigError(
+                "expected a task with a CLIP that is quantized, to export it; give --quantize.recipe, or the folder of "
+                "a quantized model with --quantize.load"
+            )
+        check_target(export.path, force=export.force)
+        if isinstance(datamodule, IdentifiedData):
+            datamodule.preprocessing = task.preprocessing
+            datamodule.prepare_data()
+            datamodule.setup("validate")
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        callback.reset()
+        callback.preflight(self, task, weights_are_final=True)
+        loaded: Any = task.loaded
+        samples = Samples.make(loaded.preprocessing)
+        reference = embeddings(loaded, samples)
+        model.to(self.strategy.root_device)
+        callback.quantize_now(self, model)
+        model.cpu()
+        about = {"recipe": None if callback.recipe is None else callback.recipe.to_json(), "reference": "float weights"}
+        self.exported = export_clip(loaded, export, about=about, reference=reference, samples=samples)
+
+    export = export_model  # the subcommand; the parser's group of a function's name would be that of `--export.*`
 
     def sweep(
         self,
@@ -381,6 +437,7 @@ class QuantTrainer(Trainer):
         if callback is None or task is None or (callback.dry_run and callback.active):
             return run()
         callback.reset()
+        self._check_backend(callback, task)
         if self.is_global_zero:
             _check_writable(Path(self.results))
         if ckpt_path is None:
@@ -391,17 +448,71 @@ class QuantTrainer(Trainer):
         captions.begin_pass("float", parts)
         measured = self._float_pass(run, callback, task, datamodule, parts)
         captions.end_pass("float", measured.captioned, write=self.is_global_zero)
-        outcome, quantized = [measured.metrics], measured
+        outcome, quantized, integer = [measured.metrics], measured, None
         if callback.active:
+            samples, reference = self._float_reference(task)
             captions.begin_pass("quantized", None if parts is None else {**parts, "recipe": callback.fingerprint()})
             outcome = run()
             quantized = Measurement.of(task, datamodule)
             captions.end_pass("quantized", quantized.captioned, write=self.is_global_zero)
-        self.comparison = self._summarise(callback, task, measured, quantized)
+            if samples is not None:
+                integer = self._integer_pass(run, task, samples, reference)
+        self.comparison = replace(self._summarise(callback, task, measured, quantized), integer=integer)
         if self.is_global_zero:
             write_json(Path(self.results), self.comparison.to_json())
             self.page = captions.write_page(measured, quantized if callback.active else None)
         return outcome
+
+    def _check_backend(self, callback: QuantizeCallback, task: MeasuredTask) -> None:
+        """Refuse a backend for what it cannot evaluate, before anything is evaluated.
+
+        Raises:
+            ConfigError: For a task that needs more than embeddings, several processes, or nothing to quantize.
+        """
+        if self.backend == "torch":
+            return
+        reason = ""
+        if not callback.active:
+            reason = "nothing is quantized; give --quantize.recipe"
+        elif not isinstance(task, EncodingTask):
+            reason = f"the task {type(task).__name__} needs more of the network than embeddings"
+        elif self.world_size > 1:
+            reason = "it runs in one process; give --trainer.devices 1"
+        if reason:
+            raise ConfigError(f"--backend {self.backend} cannot be used: {reason}, or leave out --backend")
+
+    def _float_reference(self, task: MeasuredTask) -> tuple[Samples | None, Reference | None]:
+        """Embed samples with the network as it is now, where the backend is going to compare with it."""
+        if self.backend == "torch":
+            return None, None
+        loaded: Any = task.loaded
+        samples = Samples.make(loaded.preprocessing)
+        loaded.model.cpu()
+        return samples, embeddings(loaded, samples)
+
+    def _integer_pass(
+        self,
+        run: Callable[[], object],
+        task: MeasuredTask,
+        samples: Samples,
+        reference: Reference | None,
+    ) -> IntegerResult:
+        """Export the quantized CLIP to a folder that vanishes, and evaluate it there."""
+        from lit_clipq.export import export_clip
+
+        loaded: Any = task.loaded
+        loaded.model.cpu()
+        with tempfile.TemporaryDirectory() as folder:
+            target = ExportOptions(str(Path(folder) / "export"), fallback="float")
+            report = export_clip(loaded, target, reference=reference, samples=samples)
+            for name, reason in report.kept_float.items():
+                log.warning("layer %s stays float in the export: %s", name, reason)
+            with require(task, EncodingTask).encoded_by(IntegerTowers(load(report.path))):
+                run()
+                metrics = task.results()
+        size = sum(report.bytes[file] for file in TOWER_FILES.values())
+        parity = {tower: found.to_json() for tower, found in report.parity.items()}
+        return IntegerResult(self.backend, metrics, size, parity, {k: dict(v) for k, v in report.kernels.items()})
 
     def _quantizing(self) -> QuantizeCallback | None:
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_clipq.errors import DataError
-from lit_clipq.models.pictures import load_rgb
 from lit_clipq.paths import write_whole
+from lit_clipq.pictures import load_rgb
 
 logger = logging.getLogger(__name__)
 

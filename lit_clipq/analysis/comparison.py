@@ -1,7 +1,7 @@
 """Float against quantized: the record of one run, as JSON and as a table."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,22 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class IntegerResult:
+    """An evaluation by the export of the quantized network."""
+
+    backend: str
+    """What computed it."""
+    metrics: dict[str, float]
+    """As fractions."""
+    bytes: int
+    """Size of the towers' files."""
+    parity: dict[str, dict[str, Any]]
+    """By tower: how far it is from the fake-quantized network."""
+    kernels: dict[str, dict[str, int]]
+    """By tower: how often each kernel multiplies a layer."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,8 @@ class Comparison:
     """Per layer: objective before and after the search, SQNR in dB, clipped share, seconds."""
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What each stage of the recipe says of itself."""
+    integer: IntegerResult | None = None
+    """The same evaluation with integer products, where it was asked for."""
     observed: dict[str, dict[str, Any]] = field(default_factory=dict)
     """What callbacks saw, by their section: `cosine`, `mistakes`."""
     command: str = ""
@@ -62,7 +80,9 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `results.json`."""
+        integer = {} if self.integer is None else {"integer": asdict(self.integer)}
         return {
+            **integer,
             "task": self.task,
             "model": self.model,
             "pretrained": self.pretrained,
@@ -104,22 +124,33 @@ def comparison_table(result: Comparison) -> RenderableType:
     caption = f"N: {describe_counts(result.samples)}"
     table = Table(title=f"{result.task} · {result.model} · {method}", title_justify="left", caption=caption)
     table.caption_justify = "left"
-    for name, justify in (("", "left"), ("float", "right"), ("quantized", "right"), ("difference", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    integer = result.integer
+    for name in ("", "float", "quantized", *(["integer"] if integer else []), "difference"):
+        table.add_column(name, justify="right" if name else "left")
     for name, value in result.float_metrics.items():
-        quantized = result.quantized_metrics[name]
-        table.add_row(f"{name} (%)", f"{100 * value:.2f}", f"{100 * quantized:.2f}", _difference(result, name))
+        cells = [value, result.quantized_metrics[name], *([integer.metrics[name]] if integer else [])]
+        table.add_row(f"{name} (%)", *(f"{100 * cell:.2f}" for cell in cells), _difference(result, name))
     table.add_section()
+    nothing = [""] if integer else []
+    files = [f"{integer.bytes / 1e6:.2f}"] if integer else []
     float_mb, quantized_mb = result.float_bytes / 1e6, result.quantized_bytes / 1e6
     ratio = f"{result.float_bytes / result.quantized_bytes:.2f}x smaller" if quantized_mb else ""
-    table.add_row("model size (MB)", f"{float_mb:.2f}", f"{quantized_mb:.2f}", ratio)
-    table.add_row("calibration (s)", "", f"{result.calibration_seconds:.1f}", f"{result.calibration_samples} samples")
-    table.add_row("float multiply-accumulates (%)", "100.00", f"{100 * result.float_macs_share:.2f}", "")
+    table.add_row("model size (MB)", f"{float_mb:.2f}", f"{quantized_mb:.2f}", *files, ratio)
+    seconds, samples = f"{result.calibration_seconds:.1f}", f"{result.calibration_samples} samples"
+    table.add_row("calibration (s)", "", seconds, *nothing, samples)
+    table.add_row("float multiply-accumulates (%)", "100.00", f"{100 * result.float_macs_share:.2f}", *nothing, "")
     note = "difference: quantized - float in points, with a 95 % interval from a paired bootstrap over pictures"
     lines: list[RenderableType] = [table, Text(note, style="dim")]
+    if integer:
+        lines.append(Text(f"integer: {integer.backend}, {_parity(integer)}", style="dim"))
     if result.layers:
         lines.append(Text(f"lowest signal-to-noise ratio: {_worst(result.layers)}", style="dim"))
     return Group(*lines)
+
+
+def _parity(integer: IntegerResult) -> str:
+    told = [f"{tower} {parity['integer_db']:.1f} dB" for tower, parity in integer.parity.items()]
+    return f"SQNR to the quantized embeddings {', '.join(told)}"
 
 
 def _worst(layers: dict[str, dict[str, float]], count: int = 5) -> str:

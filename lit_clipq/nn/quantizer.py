@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lit_clipq.functional.granularity import (
     Granularity,
+    PerChannel,
+    PerGroup,
     PerTensor,
     at_run_time,
     extrema,
@@ -23,6 +25,7 @@ from lit_clipq.functional.twin import (
     softmax_fake_quantize,
 )
 from lit_clipq.functional.uniform import affine_parameters, code_range, fake_quantize, from_codes, to_codes
+from lit_clipq.nn.integer import Affine, Branch, IntegerForm, NotExportable, TwoBranches
 from lit_clipq.nn.state import LateBuffers
 
 
@@ -64,6 +67,14 @@ class Quantizer(LateBuffers):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of integer `codes`, same shape."""
+
+    def integer_form(self) -> IntegerForm:
+        """Say what integer kernels see of the grid.
+
+        Raises:
+            NotExportable: There is no integer form, which is what a grid says that does not override this.
+        """
+        raise NotExportable(f"the grid {self.id!r} has no integer form", "choose a uniform or a twin grid")
 
     @staticmethod
     def from_config(config: dict[str, Any]) -> "Quantizer":
@@ -164,6 +175,20 @@ class UniformQuantizer(Quantizer):
         """
         return from_codes(codes, self._need("scale"), self._need("zero_point"), self.granularity)
 
+    def integer_form(self) -> Affine:
+        """Return scale, zero point and range of codes.
+
+        Raises:
+            NotExportable: Above 8 bits, or where scales are computed from every input.
+        """
+        if self.bits > 8:
+            raise NotExportable(f"codes of {self.bits} bits do not fit int8", "give at most 8 bits (bits: 8)")
+        if at_run_time(self.granularity):
+            raise NotExportable("scales are computed from every input", "choose a grid per tensor")
+        axis = self.granularity.axis if isinstance(self.granularity, PerChannel) else None
+        group = self.granularity.size if isinstance(self.granularity, PerGroup) else None
+        return Affine(self._need("scale"), self._need("zero_point"), self.qmin, self.qmax, axis, group)
+
     def _grid_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if at_run_time(self.granularity):
             return self._grid_spanning(*extrema(x.detach(), self.granularity))
@@ -205,6 +230,11 @@ class TwinSoftmaxQuantizer(Quantizer):
         """Return the float32 values of `codes`, same shape."""
         return softmax_decode(codes, self._need("split"), self.bits)
 
+    def integer_form(self) -> TwoBranches:
+        """Return the two ranges: from 0 to the split, and from 0 to 1 for what is not below it."""
+        most, split = _twin_codes(self.bits) - 1, float(self._need("split"))
+        return TwoBranches(split, Branch(split / most, most), Branch(1 / most, most))
+
 
 class TwinGeluQuantizer(Quantizer):
     """Twin uniform grid behind GELU-like activations; see `lit_clipq.functional.twin`.
@@ -244,6 +274,12 @@ class TwinGeluQuantizer(Quantizer):
         """Return the float32 values of `codes`, same shape."""
         return gelu_decode(codes, self.negative_step, self._need("positive_step"))
 
+    def integer_form(self) -> TwoBranches:
+        """Return the two ranges on either side of 0."""
+        n = _twin_codes(self.bits)
+        negative, positive = float(self.negative_step), float(self._need("positive_step"))
+        return TwoBranches(0.0, Branch(-negative, n), Branch(positive, n - 1))
+
 
 class LogQuantizer(Quantizer):
     """Logarithmic grid for values in [0, 1]; see `lit_clipq.functional.log`. It needs no calibration.
@@ -276,3 +312,14 @@ class LogQuantizer(Quantizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of `codes`, same shape."""
         return log_decode(codes, self.bits, steps_per_octave=self.steps_per_octave)
+
+
+def _twin_codes(bits: int) -> int:
+    """Return the codes of one half of a twin grid.
+
+    Raises:
+        NotExportable: Where they do not fit an unsigned byte.
+    """
+    if bits > 8:
+        raise NotExportable(f"codes of {bits} bits do not fit int8", "give at most 8 bits (bits: 8)")
+    return int(2 ** (bits - 1))

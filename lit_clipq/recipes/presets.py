@@ -31,6 +31,10 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         "ptq4clip",
         (Equalize(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
     ),
+    "deploy_int8": lambda: Recipe(
+        "deploy_int8",
+        (Equalize(), Grids(softmax="uniform", gelu="uniform"), StartTokens(), Search()),
+    ),
     "ptq4clip_paper": lambda: Recipe(
         "ptq4clip_paper",
         (Grids(softmax="twin", gelu="twin"), Search()),
@@ -90,7 +94,8 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
   products only when asked for.
 - `base_ptq`: the baseline of PTQ4ViT, scales of highest cosine similarity of each product, uniform grids only.
 - `ptq4clip`: twin grids and a Hessian-guided search for all products of both towers, channels equalised first.
-- `ptq4clip_paper`: the same on convolutions and MLPs only, channels as they are.
+- `deploy_int8`: `ptq4clip` with uniform grids everywhere, each product one product of integers; for export at 8 bits.
+- `ptq4clip_paper`: as `ptq4clip`, on convolutions and MLPs only, channels as they are.
 - `adalog`: as `ptq4clip`, with logarithmic grids of an adaptive base behind GELU, and after softmax where they serve.
 - `dynamic`: minimum and maximum of each token at run time, weights by minimum and maximum.
 - `llm_int8`: absolute maxima of rows and of output channels, outlier channels in float.

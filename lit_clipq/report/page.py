@@ -193,7 +193,7 @@ def _mistakes(label: str, told: Mapping[str, Any]) -> list[str]:
 
 def _picture(path: Path) -> str:
     """Return a picture with its content inside; its name where it cannot be read."""
-    from lit_clipq.models.pictures import load_rgb
+    from lit_clipq.pictures import load_rgb
 
     try:
         small = load_rgb(path)

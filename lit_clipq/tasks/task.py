@@ -1,7 +1,8 @@
 """What evaluation tasks share: networks, one loop for validate and test, results and scores per sample."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from torch import Tensor, nn
 
-from lit_clipq.contracts import CalibrationBatch, MeasuredTask
+from lit_clipq.contracts import CalibrationBatch, EncodingTask, MeasuredTask
 from lit_clipq.metrics import Evaluation, SampleKeyedMetric, SampleScores
 from lit_clipq.models import LoadedCLIP, PreprocessingOptions, encode_image, encode_text, load_clip
 
@@ -189,7 +190,25 @@ class ClipTask(EvaluationTask):
         return F.normalize(encode_text(self.clip, tokens).float(), dim=-1)
 
 
+class EncodingClipTask(ClipTask):
+    """A task that asks its CLIP for embeddings and nothing else; arguments as for `ClipTask`."""
+
+    @contextmanager
+    def encoded_by(self, encoder: nn.Module) -> Iterator[None]:
+        """Let an encoder with `encode_image` and `encode_text` take the place of the CLIP while the context is open."""
+        clip = self.clip
+        self.clip = encoder
+        try:
+            yield
+        finally:
+            self.clip = clip
+
+
 if TYPE_CHECKING:
+
+    def _encodes(task: EncodingClipTask) -> EncodingTask:
+        """Let the type checker hold the class against its contract."""
+        return task
 
     def _fulfils(task: EvaluationTask) -> MeasuredTask:
         """Let the type checker hold the class against its contract."""

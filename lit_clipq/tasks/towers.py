@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lit_clipq.contracts import TowerOutputs, TwoTowerTask
-from lit_clipq.tasks.task import ClipTask
+from lit_clipq.tasks.task import EncodingClipTask
 
 TOWERS = ("text", "vision")
 """In the order in which they are scored: the texts of a classifier come before its pictures."""
 
 
-class TwoTowerClipTask(ClipTask):
+class TwoTowerClipTask(EncodingClipTask):
     """A CLIP task that scores what the towers made, batch by batch, and does not look at a tower itself.
 
     What a tower made can be kept and scored again beside what the other tower makes at another width: the numbers are

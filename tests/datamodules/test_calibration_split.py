@@ -8,7 +8,7 @@ from datamodules import CocoRetrieval
 from datamodules.calibration_split import choose_pictures, hold_out, permutation
 from datamodules.images import Picture
 from lit_clipq.errors import CalibrationError, ConfigError, DataError
-from lit_clipq.models.pictures import load_rgb
+from lit_clipq.pictures import load_rgb
 
 
 def ready(preprocessing, root, **kwargs) -> CocoRetrieval:

@@ -15,7 +15,7 @@ from datamodules.images import (
     usable_pictures,
 )
 from lit_clipq.errors import DataError
-from lit_clipq.models.pictures import damage, load_rgb
+from lit_clipq.pictures import damage, load_rgb
 
 
 @pytest.fixture

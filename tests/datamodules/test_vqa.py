@@ -19,7 +19,7 @@ from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.metrics.functional import AnswerVocabulary
 from lit_clipq.mini import PRESETS, WORLD_HASHES, world_folder
 from lit_clipq.mini.world import Preset, write_world
-from lit_clipq.models.pictures import load_rgb
+from lit_clipq.pictures import load_rgb
 from tests.metrics import oracles
 
 NAMES = {

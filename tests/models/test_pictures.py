@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from lit_clipq.errors import DataError
-from lit_clipq.models.pictures import damage, load_rgb
+from lit_clipq.pictures import damage, load_rgb
 
 GREY_16 = np.array([[0, 255, 256, 32768], [40000, 51200, 65279, 65535]], dtype=np.uint16)
 GREY_8 = np.array([[0, 0, 1, 128], [156, 200, 254, 255]], dtype=np.uint8)
