@@ -5,6 +5,7 @@ from collections.abc import Callable
 from lit_clipq.recipes.recipe import Recipe
 from lit_clipq.stages.allocate import Allocate
 from lit_clipq.stages.equalize import Equalize
+from lit_clipq.stages.gptq import Gptq
 from lit_clipq.stages.grids import Grids
 from lit_clipq.stages.llm_int8 import LLMInt8
 from lit_clipq.stages.ranges import Ranges
@@ -87,6 +88,21 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
         "rotate",
         (Rotate(), Grids(softmax="twin", gelu="twin"), StartTokens(), Search()),
     ),
+    "strong": lambda: Recipe(
+        "strong",
+        (Smooth(), Grids(softmax="best", gelu="best"), StartTokens(), Search(), Gptq()),
+    ),
+    "strong_mixed": lambda: Recipe(
+        "strong_mixed",
+        (
+            Smooth(),
+            Grids(softmax="best", gelu="best"),
+            StartTokens(),
+            Search(),
+            Gptq(),
+            Allocate(budget="bops", widths=(3, 4, 6, 8)),
+        ),
+    ),
 }
 """Every recipe by its name.
 
@@ -106,4 +122,6 @@ PRESETS: dict[str, Callable[[], Recipe]] = {
 - `repq`: as `ptq4clip`, with RepQ's folding of a grid for each channel in the place of powers of two.
 - `rotate`: as `ptq4clip`, with rotations of residual streams and heads in the place of powers of two.
 - `smooth`: as `ptq4clip`, with SmoothQuant's factors in the place of powers of two.
+- `strong`: what measured best together: `smooth`, twin or logarithmic grids, the search, `gptq`.
+- `strong_mixed`: `strong`, and bits layer by layer, in all as many bit operations as the widths given take.
 """
