@@ -57,6 +57,7 @@ class Registers(FloatStage):
     needs = frozenset({Need.OUTPUTS})
     writes = frozenset({Write.STRUCTURE, Write.WEIGHTS})
     forbids = frozenset({"equalize", "smooth"})
+    passes = 1
 
     counts: tuple[int, ...] = (1, 2, 4)
     """How many registers are tried: the first number at every block, the others at the best of these."""
