@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128  # columns that are updated at once
+LEAST_RIDGE = 1e-9
+"""Smallest share of the mean diagonal with which what is singular can be solved in float64."""
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:

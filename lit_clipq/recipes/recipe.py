@@ -177,7 +177,10 @@ def check_order(stages: Sequence[Stage]) -> None:
     reason = next((stage.hides() for stage in stages if stage.hides()), "")
     looks = next((stage.name for stage in stages if Need.OPERANDS in stage.asks()), None)
     if reason and looks:
-        raise ConfigError(f"{reason}, which stage {looks} cannot see; put `ranges` in its place; got [{listed}]")
+        raise ConfigError(
+            f"{reason}, which stage {looks} cannot see; leave it out, with `ranges` in the place of a search; got "
+            f"[{listed}]"
+        )
     assigning = [stage.name for stage in stages if Write.GRIDS in stage.writes]
     if len(assigning) != 1:
         raise ConfigError(f"expected one stage that assigns grids, such as `grids`, got {len(assigning)} in [{listed}]")

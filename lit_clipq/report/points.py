@@ -1,20 +1,32 @@
 """What a report is made of: measured points, read from results.json, results.jsonl and analysis.json files."""
 
 import json
-import math
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from lit_clipq.analysis.records import FORMAT
 from lit_clipq.errors import DataError
+from lit_clipq.report.values import (
+    Bounds,
+    bounds,
+    cosines,
+    decibels,
+    mistakes,
+    number,
+    numbers,
+    parsed,
+    sensitivity,
+    whole,
+    whole_numbers,
+)
 
 FLOAT_BITS = 32
-NAMES = ("results.json", "results.jsonl", "analysis.json")
-"""Files that are looked for in a folder."""
-Bounds: TypeAlias = tuple[float, float, float]
-"""Value, low, high."""
+NAMES = re.compile(r"results\.json|results(\.\d+-of-\d+)?\.jsonl|analysis\.json")
+"""Files that are looked for in a folder; parts of a sweep are `results.1-of-4.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ def read_points(paths: Iterable[str | Path]) -> Read:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.name in NAMES)
+        return sorted(file for file in path.rglob("*") if NAMES.fullmatch(file.name))
     if not path.is_file():
         raise DataError(f"there is no file or folder {path}; give results.json or results.jsonl files, or folders")
     return [path]
@@ -151,19 +163,21 @@ def _read_lines(file: Path, found: Read) -> None:
     if torn:
         found.problems.append(f"{file}, line {len(lines) + 1}: cut short, left out")
     records: dict[str, tuple[int, Mapping[str, Any]]] = {}
-    for number, line in enumerate(lines, start=1):
+    for at, line in enumerate(lines, start=1):
         try:
-            record = _parsed(line)
+            record = parsed(line)
+            if record.get("format", FORMAT) != FORMAT:
+                raise ValueError(f"its format is {record['format']!r:.20}, this version reads {FORMAT}")
             if record.get("kind") not in ("float", "point"):
                 raise ValueError("it has no `kind` float or point")
-            records[str(record["id"])] = number, record  # of lines with the same id the last one counts
+            records[str(record["id"])] = at, record  # of lines with the same id the last one counts
         except (ValueError, KeyError) as error:
             raise DataError(
-                f"{file}, line {number} is not a result ({_why(error)}); give a results.jsonl of `lightning sweep`"
+                f"{file}, line {at} is not a result ({_why(error)}); give a results.jsonl of `lightning sweep`"
             ) from error
     baselines = {json.dumps(r.get("identity"), sort_keys=True): r for _, r in records.values() if r["kind"] == "float"}
-    for number, record in records.values():
-        place = f"{file}, line {number}"
+    for line_number, record in records.values():
+        place = f"{file}, line {line_number}"
         if record.get("error"):
             method = f"{record.get('method')} {record.get('widths_in_words', '')}".strip()
             found.problems.append(f"{place}: {method} failed: {record['error']}")
@@ -186,28 +200,28 @@ def _of_line(r: Mapping[str, Any], baseline: Mapping[str, Any], place: str) -> P
         pretrained=None if r.get("pretrained") is None else str(r["pretrained"]),
         data=str(identity.get("data", "")),
         method=None if is_float else str(r["method"]),
-        widths={} if is_float else _whole_numbers(r["widths"]),
+        widths={} if is_float else whole_numbers(r["widths"]),
         patterns="" if is_float or " + " not in words else f" + {words.rpartition(' + ')[2]}",
-        seed=int(r.get("seed", 0)),
-        metrics=_numbers(r["metrics"]),
-        float_metrics=_numbers(baseline.get("metrics", {})),
-        differences=_bounds(r.get("differences", {})),
-        samples=_whole_numbers(r.get("samples", {})),
-        float_bytes=int(r.get("float_bytes", 0)),
-        bytes=int(r["float_bytes"] if is_float else r.get("quantized_bytes", 0)),
-        calibration_samples=int(r.get("calibration_samples", 0)),
-        float_macs_share=float(r.get("float_macs_share", 1.0)),
-        sqnr_db=_numbers(r.get("sqnr_db", {})),
+        seed=whole(r.get("seed", 0)),
+        metrics=numbers(r["metrics"]),
+        float_metrics=numbers(baseline.get("metrics", {})),
+        differences=bounds(r.get("differences", {})),
+        samples=whole_numbers(r.get("samples", {})),
+        float_bytes=whole(r.get("float_bytes", 0)),
+        bytes=whole(r["float_bytes"] if is_float else r.get("quantized_bytes", 0)),
+        calibration_samples=whole(r.get("calibration_samples", 0)),
+        float_macs_share=number(r.get("float_macs_share", 1.0)),
+        sqnr_db=decibels(r.get("sqnr_db", {})),
         versions={str(k): str(v) for k, v in r.get("versions", {}).items()},
         command=str(r.get("command", "")),
-        cosine=dict(r.get("cosine") or {}),
-        mistakes=dict(r.get("mistakes") or {}),
+        cosine=cosines(r.get("cosine")),
+        mistakes=mistakes(r.get("mistakes")),
     )
 
 
 def _read_whole(file: Path, found: Read) -> None:
     try:
-        record = _parsed(_text(file))
+        record = parsed(_text(file))
         if "sensitivity" in record:
             found.findings.append(_finding(record, str(file)))
         else:
@@ -219,9 +233,7 @@ def _read_whole(file: Path, found: Read) -> None:
 
 
 def _finding(r: Mapping[str, Any], source: str) -> Finding:
-    rows = [dict(row) for row in r["sensitivity"]]
-    for row in rows:
-        _ = str(row["scope"]), str(row["layer"]), str(row["tower"]), str(row["operand"]), float(row["predicted"])
+    rows = [sensitivity(row) for row in r["sensitivity"]]
     versions = {str(k): str(v) for k, v in r.get("versions", {}).items()}
     told = r.get("patterns") or {}
     flags = [
@@ -249,10 +261,10 @@ def _of_run(r: Mapping[str, Any], source: str) -> list[Point]:
         "model": str(r["model"]),
         "pretrained": None if r.get("pretrained") is None else str(r["pretrained"]),
         "data": "",
-        "seed": int(r.get("seed", 0)),
-        "float_metrics": _numbers(metrics["float"]),
-        "samples": _whole_numbers(r["samples"]),
-        "float_bytes": int(size["float"]),
+        "seed": whole(r.get("seed", 0)),
+        "float_metrics": numbers(metrics["float"]),
+        "samples": whole_numbers(r["samples"]),
+        "float_bytes": whole(size["float"]),
         "versions": {str(k): str(v) for k, v in r.get("versions", {}).items()},
         "command": str(r.get("command", "")),
     }
@@ -261,8 +273,8 @@ def _of_run(r: Mapping[str, Any], source: str) -> list[Point]:
     quantized = r.get("recipe") is not None and (patterns or any(b != FLOAT_BITS for b in bits.values()))
     baseline = Point(
         **shared, method=None, widths={}, patterns="", metrics=shared["float_metrics"], differences={},
-        bytes=int(size["float"]), calibration_samples=0, float_macs_share=1.0, sqnr_db={},
-        cosine={} if quantized else dict(r.get("cosine") or {}),
+        bytes=whole(size["float"]), calibration_samples=0, float_macs_share=1.0, sqnr_db={},
+        cosine={} if quantized else cosines(r.get("cosine")),
     )  # fmt: skip
     if not quantized:
         return [baseline]
@@ -271,16 +283,16 @@ def _of_run(r: Mapping[str, Any], source: str) -> list[Point]:
         Point(
             **shared,
             method=str(r["recipe"]),
-            widths=_whole_numbers(bits),
+            widths=whole_numbers(bits),
             patterns=f" + {patterns} pattern{'s' * (patterns != 1)}" if patterns else "",
-            metrics=_numbers(metrics["quantized"]),
-            differences=_bounds(metrics.get("difference", {})),
-            bytes=int(size["quantized"]),
-            calibration_samples=int(r.get("calibration_samples", 0)),
-            float_macs_share=float(r.get("float_macs_share", 1.0)),
-            sqnr_db={str(name): float(told["sqnr_db"]) for name, told in layers.items() if "sqnr_db" in told},
-            cosine=dict(r.get("cosine") or {}),
-            mistakes=dict(r.get("mistakes") or {}),
+            metrics=numbers(metrics["quantized"]),
+            differences=bounds(metrics.get("difference", {})),
+            bytes=whole(size["quantized"]),
+            calibration_samples=whole(r.get("calibration_samples", 0)),
+            float_macs_share=number(r.get("float_macs_share", 1.0)),
+            sqnr_db=decibels({name: told["sqnr_db"] for name, told in layers.items() if "sqnr_db" in told}),
+            cosine=cosines(r.get("cosine")),
+            mistakes=mistakes(r.get("mistakes")),
         ),
     ]
 
@@ -292,29 +304,6 @@ def _text(file: Path) -> str:
         raise DataError(f"{file} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error}); give JSON") from error
-
-
-def _parsed(text: str) -> Mapping[str, Any]:
-    content = json.loads(text)
-    if not isinstance(content, dict):
-        raise ValueError("it is no JSON object")
-    return content
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    found = {str(name): float(value) for name, value in values.items()}
-    wrong = next((name for name, value in found.items() if not math.isfinite(value)), None)
-    if wrong is not None:
-        raise ValueError(f"{wrong} is {found[wrong]}")
-    return found
-
-
-def _whole_numbers(values: Mapping[str, Any]) -> dict[str, int]:
-    return {str(name): int(value) for name, value in values.items()}
-
-
-def _bounds(values: Mapping[str, Any]) -> dict[str, Bounds]:
-    return {str(n): (float(v["value"]), float(v["low"]), float(v["high"])) for n, v in values.items()}
 
 
 def _why(error: Exception) -> str:

@@ -46,7 +46,7 @@ def write_report(paths: Iterable[str | Path], folder: str | Path = "report") -> 
         for i, members in enumerate(series.by_setting(read.points).values(), 1)
     ]
     findings = [
-        (finding, [draw.depth_figure(f"sensitivity-{i:02d}", finding)] if finding.rows else [])
+        (finding, [draw.depth_figure(f"sensitivity-{i:02d}", finding)] if series.depth(finding) else [])
         for i, finding in enumerate(read.findings, 1)
     ]
     mistakes = series.mistakes(read.points)

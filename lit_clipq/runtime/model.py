@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lit_clipq.errors import ConfigError, DataError
+from lit_clipq.errors import ConfigError, DataError, LitClipqError, ModelError
 from lit_clipq.pictures import load_rgb
 from lit_clipq.runtime.folder import PREPROCESS_FILE, TOKENIZER_FILE, TOWER_FILES, read_export
 from lit_clipq.runtime.preprocess import ImageTransform
@@ -157,19 +157,37 @@ def load(folder: Path | str, *, threads: int | None = None, exact: bool = True) 
         `load("clip-int8").classify(["cat.jpg"], ["cat", "dog"])`
     """
     folder = Path(folder)
+    if threads is not None and threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}; leave them out for as many as there are cores")
     content = read_export(folder)
     if not exact and content["saturates_without_exact_mode"] and not multiplies_exactly():
         raise ConfigError(
             f"products of {folder} would saturate on this CPU ({', '.join(cpu_flags()) or 'flags unknown'}; no VNNI); "
             "leave exact=True, or export a model with 7-bit weights"
         )
-    sessions = {name: open_session(folder / file, threads=threads, exact=exact) for name, file in TOWER_FILES.items()}
-    transform = ImageTransform.from_json(json.loads((folder / PREPROCESS_FILE).read_text(encoding="utf-8")))
+    sessions = {name: _opened_tower(folder / file, threads, exact) for name, file in TOWER_FILES.items()}
     told = content["tokenizer"]
     tokenizer = None
-    if told["reason"] is None:
-        tokenizer = Tokenizer(folder / TOKENIZER_FILE, told["context_length"], told["special"], told["clean"])
+    try:
+        transform = ImageTransform.from_json(json.loads((folder / PREPROCESS_FILE).read_text(encoding="utf-8")))
+        if told["reason"] is None:
+            tokenizer = Tokenizer(folder / TOKENIZER_FILE, told["context_length"], told["special"], told["clean"])
+    except LitClipqError:
+        raise
+    except Exception as error:  # the tokenizers package raises nothing more special
+        raise ModelError(f"the export in {folder} is damaged ({error}); export the model again") from error
     return IntegerCLIP(content, sessions, transform, tokenizer)
+
+
+def _opened_tower(file: Path, threads: int | None, exact: bool) -> Session:
+    try:
+        session: Session = open_session(file, threads=threads, exact=exact)
+    except LitClipqError:
+        raise
+    except Exception as error:  # ONNX Runtime has a class for each of its states, in no public module
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{file} cannot be opened by ONNX Runtime ({reason}); export the model again") from error
+    return session
 
 
 def _opened(picture: Picture) -> Image.Image:

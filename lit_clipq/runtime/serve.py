@@ -17,7 +17,8 @@ from lit_clipq.runtime.index import Index
 from lit_clipq.runtime.model import IntegerCLIP, load
 
 HOST = "127.0.0.1"
-_MOST, _THUMBNAIL, _LONGEST_TEXT = 24, 320, 1000
+_MOST, _THUMBNAIL, _LONGEST_TEXT, _DIGITS = 24, 320, 1000, 18
+_PATIENCE = 30
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Picture search</title>
 <style>
@@ -69,11 +70,12 @@ def serve(
         ready: Told the server once it listens; by default its address is printed.
 
     Raises:
-        ConfigError: If the port cannot be used.
+        ConfigError: If the port cannot be used, or the export has no tokenizer.
         DataError: If there are no pictures.
         ModelError: If the folder is no export.
     """
     model = load(folder, threads=threads)
+    model.tokenize([""])  # not only once a first text is asked for
     index = Index.build(model, pictures)
     for reason in index.unread:
         print(f"left out: {reason}", flush=True)  # noqa: T201
@@ -107,13 +109,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     searched: Index
     by: IntegerCLIP
+    timeout = _PATIENCE
+    """Seconds that a connection may be silent in the middle of a request."""
 
     def do_GET(self) -> None:
         """Answer one request."""
         if self.headers.get("Host", "").partition(":")[0] not in (HOST, "localhost"):
             self._refuse(HTTPStatus.FORBIDDEN)  # a name of another page that leads here
             return
-        address = urlsplit(self.path)
+        try:
+            address = urlsplit(self.path)
+        except ValueError:
+            self._refuse(HTTPStatus.BAD_REQUEST)
+            return
         if address.path == "/":
             self._answer("text/html; charset=utf-8", self._page().encode())
         elif address.path == "/search":
@@ -143,7 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         return {"milliseconds": milliseconds, "count": len(self.searched.names), "hits": found}
 
     def _picture(self, number: str) -> None:
-        if not (number.isascii() and number.isdigit() and int(number) < len(self.searched.names)):
+        known = number.isascii() and number.isdigit() and len(number) <= _DIGITS  # longer ones Python will not read
+        if not (known and int(number) < len(self.searched.names)):
             self._refuse(HTTPStatus.NOT_FOUND)
             return
         path = self.searched.root / self.searched.names[int(number)]

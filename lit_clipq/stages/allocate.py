@@ -45,8 +45,8 @@ class Allocate(ChoosingStage):
     def __post_init__(self) -> None:
         if not self.widths:
             raise ConfigError("widths of stage allocate must name some to choose from, such as [w2, w4, w8], got none")
-        if self.bits is not None and not 0 < self.bits < math.inf:
-            raise ConfigError(f"bits of stage allocate must be above 0, got {self.bits}")
+        if self.bits is not None and not 0 < self.bits <= FLOAT_BITS:
+            raise ConfigError(f"bits of stage allocate must be above 0 and at most {FLOAT_BITS}, got {self.bits}")
         for width in self.widths:
             if FLOAT_BITS in read_widths("widths of stage allocate", width):
                 raise ConfigError(f"widths of stage allocate must be 2 to 16 bits, got {width!r}")

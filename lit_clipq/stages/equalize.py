@@ -55,7 +55,7 @@ class Equalize(FloatStage):
         """Scale channels of a draft.
 
         Returns:
-            By the name of what makes the channels: expected error over that without scaling.
+            By the name of what makes the channels: expected error over that without scaling; or why none are scaled.
         """
         per_channel, seen = draft.stage(Grids).per_channel, draft.channels
         widths = {entry.name: entry for entry in draft.plan.quantized}
@@ -83,7 +83,8 @@ class Equalize(FloatStage):
                 len(left),
                 len(chosen),
             )
-        return {scaling.link.maker: chosen[scaling.link][1] for scaling in kept}
+        nothing = {"reason": "no channels are better scaled" if seen.links else "no layer reads channels of another"}
+        return {scaling.link.maker: chosen[scaling.link][1] for scaling in kept} or nothing
 
 
 def expected_error(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_clipq.calibration.needs import Need, Write
 from lit_clipq.errors import ConfigError
-from lit_clipq.functional.columns import damped, inverse_factor, round_columns, round_halves
+from lit_clipq.functional.columns import LEAST_RIDGE, damped, inverse_factor, round_columns, round_halves
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.search.data import LayerData
 from lit_clipq.search.gram import as_matrix, gram_of
@@ -42,8 +42,8 @@ class Erq(WeightStage):
     """What `gptq` calls by that name, for columns one after the other."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ridge < 1e6:
-            raise ConfigError(f"ridge of stage erq must be above 0, got {self.ridge}")
+        if not LEAST_RIDGE <= self.ridge < 1e6:
+            raise ConfigError(f"ridge of stage erq must be above 0, at least {LEAST_RIDGE:g}, got {self.ridge}")
         if not 0 < self.damp < 1e6:
             raise ConfigError(f"damp of stage erq must be above 0, got {self.damp}")
 

@@ -82,7 +82,12 @@ class Gptaq(Gptq):
     matrices = 9
 
     strength: float = 0.25
-    """Share of what the input's rounding asks for that is passed on."""
+    """Share of what the input's rounding asks for that is passed on, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"strength of stage gptaq must be at least 0 and at most 1, got {self.strength}")
 
     def gram(self, module: QWeighted, data: LayerData) -> Gram:
         """Return the sums that it rounds by."""

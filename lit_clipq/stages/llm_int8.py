@@ -1,6 +1,7 @@
 """Outlier channels of linear layers stay in float (LLM.int8(), arXiv 2208.07339)."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -48,13 +49,14 @@ class LLMInt8(GridStage):
 
     @torch.no_grad()
     def assign(self, draft: Draft) -> Report:
-        """Choose the outliers; the report has their number by layer, of those that have some."""
+        """Choose the outliers; the report has their number by layer, of those that have some, or why none has."""
         searched = set(draft.session.searched(draft.plan))
         linear = {n: m for n, m in draft.modules.items() if type(m) is QLinear and m.operand_quantizers}
         seen = {name: module for name, module in linear.items() if name in searched}
         with draft.scaled_in_place():
             ranges = draft.session.ranges({name: {(0, "input"): PerChannel(-1)} for name in seen})
-        report, shares = {}, {}
+        report: dict[str, Any] = {}
+        shares = {}
         for name, module in seen.items():
             low, high = ranges[name, "input"]
             magnitude = torch.maximum(low.abs(), high.abs())
@@ -69,4 +71,5 @@ class LLMInt8(GridStage):
                 report[name], shares[name] = len(channels), len(channels) / module.in_features
         entries = (replace(e, float_share=shares.get(e.name, e.float_share)) for e in draft.plan.entries)
         draft.plan = QuantizationMap(tuple(entries))
-        return report
+        reason = "no channel of a linear layer with a grid for its input is an outlier"
+        return report or {"reason": reason}

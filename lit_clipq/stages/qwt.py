@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_clipq.calibration.needs import Write
 from lit_clipq.distributed import sum_over_ranks
 from lit_clipq.errors import ConfigError
-from lit_clipq.functional.columns import damped
+from lit_clipq.functional.columns import LEAST_RIDGE, damped
 from lit_clipq.nn.structure import COMPENSATION
 from lit_clipq.nn.swap import FLOAT_BITS, MapEntry, QuantizationMap
 from lit_clipq.search.data import held_out
@@ -35,8 +35,8 @@ class Qwt(BlockStage):
     """Share of the mean diagonal of `X^T X` that is added to the diagonal."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ridge < 1e6:
-            raise ConfigError(f"ridge of stage qwt must be above 0, got {self.ridge}")
+        if not LEAST_RIDGE <= self.ridge < 1e6:
+            raise ConfigError(f"ridge of stage qwt must be above 0, at least {LEAST_RIDGE:g}, got {self.ridge}")
 
     def begin(self, draft: Draft, name: str, width: int) -> "Compensating":
         """Begin with a block."""

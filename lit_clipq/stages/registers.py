@@ -57,6 +57,7 @@ class Registers(FloatStage):
     needs = frozenset({Need.OUTPUTS})
     writes = frozenset({Write.STRUCTURE, Write.WEIGHTS})
     forbids = frozenset({"equalize", "smooth"})
+    passes = 1
 
     counts: tuple[int, ...] = (1, 2, 4)
     """How many registers are tried: the first number at every block, the others at the best of these."""
@@ -69,6 +70,15 @@ class Registers(FloatStage):
         if any(block < 0 for block in self.blocks):
             raise ConfigError(f"blocks of registers must be at least 0, got {list(self.blocks)}")
 
+    def check_networks(self, plan: QuantizationMap, roots: Mapping[str, nn.Module]) -> None:
+        """Refuse blocks that the vision tower has not."""
+        count, most = len(_blocks(roots, plan)), max(self.blocks, default=0)
+        if count and most >= count:
+            raise ConfigError(
+                f"blocks of registers names block {most}, but the vision tower has {count}, counted from 0; give "
+                f"numbers up to {count - 1}"
+            )
+
     @torch.no_grad()
     def rewrite(self, draft: Draft) -> Report:
         """Give the vision tower of a draft its registers.
@@ -77,7 +87,7 @@ class Registers(FloatStage):
             Block and count, errors on held out pictures before and after, and the cosine of the float outputs with
             and without; or the reason why there are none.
         """
-        blocks = _blocks(draft)
+        blocks = _blocks(draft.session.roots, draft.plan)
         if not blocks:
             return {"count": 0, "reason": "no vision tower with a residual stream between LayerNorms is quantized"}
         if not self.counts:
@@ -90,18 +100,18 @@ class Registers(FloatStage):
         trial = _Trial(draft)
         none = trial.errors({})
         names = list(blocks)
-        starts = [block for block in self.blocks or range(len(names)) if block < len(names)]
-        if not starts:
-            return {"count": 0, "reason": f"the tower has {len(names)} blocks, none of them is offered"}
+        starts = self.blocks or range(len(names))
         best, (_, after) = self._search(trial, starts, lambda at: _prefixes(found, names[at[0] :], *at))
         before = none[1]
+        if not before > 0:
+            return {"count": 0, "reason": "no picture to be judged on"}
         if not after < before:
             return {"count": 0, "reason": "none is better on pictures held out", "before": before, "after": before}
         for name, prefix in _prefixes(found, names[best[0] :], *best).items():
             self._give(draft, name, blocks[name].attention, prefix)
         return {
             "block": names[best[0]],
-            "count": best[1],
+            "count": min(best[1], found[names[best[0]]][best[0]].keys.shape[-1]),
             "before": before,
             "after": after,
             "float outputs": {"cosine": trial.cosine()},
@@ -148,18 +158,18 @@ class Block:
     norm: nn.Module
 
 
-def _blocks(draft: Draft) -> dict[str, Block]:
+def _blocks(roots: Mapping[str, nn.Module], plan: QuantizationMap) -> dict[str, Block]:
     """Return the blocks of the vision tower by the name of their attention, in order, if the tower is quantized."""
-    clip = draft.session.roots.get("clip")
-    if clip is None or not any(entry.tower == "vision" for entry in draft.plan.quantized):
+    clip = roots.get("clip")
+    if clip is None or not any(entry.tower == "vision" for entry in plan.quantized):
         return {}
     stream = dict(residual_streams(clip)).get("vision")
     if not isinstance(stream, ResidualStream):
         return {}
     norms: dict[Any, nn.Module] = {reader: norm for norm, readers in stream.readers for reader in readers}
     return {
-        name: Block(module, norms[module.qkv_proj])
-        for name, module in draft.session.modules.items()
+        f"clip.{name}": Block(module, norms[module.qkv_proj])
+        for name, module in clip.named_modules()
         if isinstance(module, _KNOWN) and module._modules.get("qkv_proj") in norms
     }
 

@@ -44,9 +44,16 @@ def layer_stages(stages: Sequence[Stage]) -> tuple[LayerStage, ...]:
 
 def whole_passes(stages: Sequence[Stage], *, fisher: bool) -> int:
     """Predict how often the whole calibration set runs beside the visits of layers."""
+    known: set[Need] = set()
+    passes = sum(stage.passes for stage in stages)
+    for place, stage in enumerate(stages):
+        if isinstance(stage, FloatStage | GridStage):
+            missing = {need for need in _ahead(stages[place:]) if need.whole_set and not need.by_layer}
+            missing -= known | {Need.RANGES}  # these come last, with the grids
+            passes += bool(missing)
+            known = (known | missing) - _spoiled_by(stage)
     needs = asked(stages)
-    whole = sum(need.whole_set and not need.by_layer for need in needs) + (fisher and Need.GRADIENTS in needs)
-    return whole + sum(stage.passes for stage in stages)
+    return passes + (Need.RANGES in needs) + (fisher and Need.GRADIENTS in needs)
 
 
 def blocks_side_by_side(names: Sequence[str], tower_of: Mapping[str, str]) -> list[list[str]]:
@@ -90,12 +97,19 @@ def prepare(draft: Draft) -> None:
 
 def _ahead(stages: Sequence[Stage]) -> set[Need]:
     """Return what the first of the stages asks for, and what the later ones do that nothing between them spoils."""
-    needs, spoiled = set(), set()
+    needs: set[Need] = set()
+    spoiled: set[Need] = set()
     for stage in stages:
         needs |= {need for need in stage.asks() if need not in spoiled}
-        if isinstance(stage, FloatStage) and stage.in_place:
-            spoiled |= {need for write in stage.writes for need in SPOILS[write]}
+        spoiled |= _spoiled_by(stage)
     return needs
+
+
+def _spoiled_by(stage: Stage) -> set[Need]:
+    """Return what was seen of the float network that does not hold any more behind a stage."""
+    if not isinstance(stage, FloatStage) or not stage.in_place:
+        return set()
+    return {need for write in stage.writes for need in SPOILS[write]}
 
 
 def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, progress: Progress) -> None:

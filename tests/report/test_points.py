@@ -75,7 +75,7 @@ def test_a_metric_that_is_no_number_is_refused(tmp_path):
     content["metrics"]["quantized"]["recall@1_i2t"] = float("nan")
     path = tmp_path / "results.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="recall@1_i2t is nan"):
+    with pytest.raises(DataError, match="recall@1_i2t: expected a finite number, got nan"):
         read_points([path])
 
 
@@ -86,3 +86,64 @@ def test_nothing_to_report_is_an_error(tmp_path):
         read_points([write_lines(tmp_path, [])])
     with pytest.raises(DataError, match="there is no file"):
         read_points([tmp_path / "absent"])
+
+
+HISTOGRAM = {"mean": 0.3, "density": [0.0, 1.0, 0.0, 0.0]}
+MOVED = {"float": HISTOGRAM, "quantized": HISTOGRAM, "pairs": 5, "mean_shift": 0.0, "wasserstein": 0.0}
+ROW = {"file": "a.png", "own": "a", "float": "b", "quantized": "c"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"float_bytes": float("inf")},
+        {"seed": 10**400},
+        {"widths": {"vision_weight": 10**300}},
+        {"metrics": {"recall@1_i2t": 10**400}},
+        {"differences": {"recall@1_i2t": {"value": float("nan"), "low": 0, "high": 0}}},
+        {"cosine": {"matched": None, "unmatched": {"quantized": HISTOGRAM}}},
+        {"cosine": {"matched": MOVED}},
+        {"cosine": {"matched": MOVED | {"rank_correlation": "high"}}},
+        {"cosine": {"matched": {"float": HISTOGRAM | {"density": [0.0, 0.0]}}}},
+        {"cosine": {"matched": {"float": {"mean": 0.3}}}},
+        {"mistakes": {"rows": 5}},
+        {"mistakes": {"rows": [{"file": "a.png"}]}},
+        {"mistakes": {"rows": [ROW], "lost": "many"}},
+        {"format": 2},
+    ],
+)
+def test_values_of_another_type_are_refused_by_line_before_anything_is_drawn(changes, tmp_path):
+    path = write_lines(tmp_path, [line(None, 32, 32), line("ptq4clip", 4, 4, **changes)])
+    with pytest.raises(DataError, match="line 2 is not a result"):
+        read_points([path])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"predicted": None}, {"predicted": -1.0}, {"embedding": -1.0}, {"predicted": float("inf")}]
+)
+def test_squared_errors_that_are_none_are_refused(changes, tmp_path):
+    row = {"scope": "operand", "layer": "a", "tower": "vision", "operand": "weight", "predicted": 0.1, **changes}
+    path = tmp_path / "analysis.json"
+    path.write_text(json.dumps({"model": "m", "recipe": "r", "sensitivity": [row]}))
+    with pytest.raises(DataError, match=r"analysis\.json is not a result"):
+        read_points([path])
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        read_points([path])
+
+
+def test_a_layer_without_noise_is_left_out_of_the_ratios(tmp_path):
+    ratios = {"a": 20.0, "b": float("inf")}
+    path = write_lines(tmp_path, [line(None, 32, 32), line("ptq4clip", 4, 4, sqnr_db=ratios)])
+    assert read_points([path]).points[1].sqnr_db == {"a": 20.0}
+
+
+def test_parts_of_a_sweep_in_a_folder_are_read_together(tmp_path):
+    for part in (1, 2):
+        lines = [line(None, 32, 32), line("ptq4clip", 4, 4, seed=part)]
+        write_lines(tmp_path, lines, name=f"results.{part}-of-2.jsonl")
+    assert [p.seed for p in read_points([tmp_path]).points if p.method] == [1, 2]

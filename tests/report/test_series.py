@@ -84,6 +84,7 @@ def test_layers_keep_the_order_of_the_network(tmp_path):
 
 def test_cosines_have_float_first_and_integrate_to_one(tmp_path):
     kind = {"pairs": 4, "float": {"mean": 0.1, "density": [0.5, 0.5]}, "quantized": {"mean": 0, "density": [0.0, 1.0]}}
+    kind |= {"mean_shift": -0.1, "wasserstein": 0.1, "rank_correlation": None}
     points = points_of(write_run(tmp_path, cosine={"bins": 2, "matched": kind}))
     assert cosine_curves(points, "matched") == [("float", [0.5, 0.5]), ("ptq4clip 4", [0.0, 1.0])]
     assert cosine_curves(points, "unmatched") == []

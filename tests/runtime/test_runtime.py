@@ -1,6 +1,7 @@
 """The runtime: the same input as open_clip prepares, no torch, and folders that are checked."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,19 @@ import pytest
 from PIL import Image
 
 from lit_clipq import load_clip
-from lit_clipq.errors import DataError, ModelError
+from lit_clipq.errors import ConfigError, DataError, ModelError
 from lit_clipq.export.inputs import image_transform, write_tokenizer
 from lit_clipq.mini.world import picture, picture_captions
 from lit_clipq.models import PreprocessingOptions
 from lit_clipq.runtime import Index, load
+from lit_clipq.runtime.folder import (
+    CONTENT_FILE,
+    PREPROCESS_FILE,
+    TOKENIZER_FILE,
+    TOWER_FILES,
+    content_hash,
+    file_hash,
+)
 from lit_clipq.runtime.packages import need
 from lit_clipq.runtime.session import open_session
 from lit_clipq.runtime.tokenizer import Tokenizer
@@ -138,3 +147,52 @@ def test_sessions_are_precise_where_the_cpu_would_saturate(twin: Exported, monke
     monkeypatch.setattr("lit_clipq.runtime.session.multiplies_exactly", lambda: vnni)
     options = open_session(twin.report.path / "text.onnx").get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == entry
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": None},
+        {"files": {}},
+        {"files": {"../export.json": "0"}},
+        {"towers": []},
+        {"tokenizer": {}},
+        {"tokenizer": {"reason": None, "context_length": "77", "special": ["a", "b"], "clean": "lower"}},
+        {"tokenizer": {"reason": None, "context_length": 77, "special": [], "clean": "lower"}},
+        {"logit_scale": float("nan")},
+        {"model": None},
+    ],
+)
+def test_values_of_another_type_are_refused_although_their_checksum_is_right(changes, twin, tmp_path):  # noqa: F811
+    folder = tmp_path / "export"
+    shutil.copytree(twin.report.path, folder)
+    content = json.loads((folder / CONTENT_FILE).read_text()) | changes
+    del content["checksum"]
+    (folder / CONTENT_FILE).write_text(json.dumps({**content, "checksum": content_hash(content)}))
+    with pytest.raises(ModelError, match="export the model again"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [PREPROCESS_FILE, TOKENIZER_FILE, *TOWER_FILES.values()])
+@pytest.mark.parametrize("new", [b"", b"[1]", b"[" * 100_000])
+def test_files_that_are_none_are_refused_although_their_checksum_is_right(name, new, twin, tmp_path):  # noqa: F811
+    folder = tmp_path / "export"
+    shutil.copytree(twin.report.path, folder)
+    (folder / name).write_bytes(new)
+    content = json.loads((folder / CONTENT_FILE).read_text())
+    del content["checksum"]
+    content["files"][name] = file_hash(folder / name)
+    (folder / CONTENT_FILE).write_text(json.dumps({**content, "checksum": content_hash(content)}))
+    with pytest.raises(ModelError, match="export the model again"):
+        load(folder)
+
+
+def test_json_that_is_nested_without_end_is_refused(tmp_path):
+    (tmp_path / CONTENT_FILE).write_text("[" * 100_000)
+    with pytest.raises(ModelError, match="is damaged"):
+        load(tmp_path)
+
+
+def test_threads_below_one_are_refused(twin):  # noqa: F811
+    with pytest.raises(ConfigError, match="threads must be at least 1, got 0"):
+        load(twin.report.path, threads=0)

@@ -1,6 +1,7 @@
 """The web page: what it answers, and what it does not hand out."""
 
 import json
+import shutil
 import socket
 import threading
 from http.client import HTTPConnection
@@ -12,6 +13,7 @@ from lit_clipq.console import main
 from lit_clipq.errors import ConfigError
 from lit_clipq.mini.world import picture, picture_captions
 from lit_clipq.runtime import Index, load
+from lit_clipq.runtime.folder import CONTENT_FILE, content_hash
 from lit_clipq.runtime.serve import make_server
 from tests.export.conftest import Exported, twin  # noqa: F401 - a fixture
 
@@ -56,12 +58,43 @@ def test_the_page_searches_and_shows_pictures(address):
 
 @pytest.mark.parametrize(
     "path",
-    ["/picture/../secret.png", "/picture/%2e%2e/secret.png", "/picture/4", "/picture/-1", "/secret.png", "/picture/²"],
+    [
+        "/picture/../secret.png",
+        "/picture/%2e%2e/secret.png",
+        "/picture/4",
+        "/picture/-1",
+        "/secret.png",
+        "/picture/²",
+        "/picture/" + 5000 * "1",
+    ],
 )
 def test_nothing_but_indexed_pictures_is_handed_out(address, path):
     with socket.create_connection(address) as raw:  # as sent, without a client that tidies the path
         raw.sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
         assert raw.makefile("rb").readline().split()[1] == b"404"
+
+
+def test_an_address_that_is_none_is_refused(address):
+    with socket.create_connection(address) as raw:
+        raw.sendall(b"GET http://[ HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert raw.makefile("rb").readline().split()[1] == b"400"
+
+
+def test_a_text_without_end_is_cut(address):
+    status, found = get(address, "/search?text=" + 10_000 * "cat+")
+    assert status == 200
+    assert len(json.loads(found)["hits"]) == 4
+
+
+def test_an_export_without_tokenizer_is_told_before_pictures_are_embedded(twin: Exported, tmp_path, capsys):  # noqa: F811
+    folder = tmp_path / "export"
+    shutil.copytree(twin.report.path, folder)
+    content = json.loads((folder / CONTENT_FILE).read_text())
+    del content["checksum"]
+    content["tokenizer"] = {"reason": "a tokenizer of another kind", "context_length": 77}
+    (folder / CONTENT_FILE).write_text(json.dumps({**content, "checksum": content_hash(content)}))
+    assert main(["serve", str(folder), "--pictures", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "error: this export has no tokenizer (a tokenizer of another kind)\n"
 
 
 def test_a_page_elsewhere_cannot_ask_by_a_name_of_its_own(address):

@@ -124,7 +124,7 @@ def test_equalised_channels_are_scaled_once_for_all_widths_and_the_float_network
         macs[e.name] * (e.weight_bits or e.activation_bits) * e.activation_bits for e in form.report.map.quantized
     )
     assert told["taken"] == taken <= told["budget"] == 36 * sum(macs.values())
-    assert form.report.stages["equalize"]
+    assert "reason" not in form.report.stages["equalize"]
     with form.installed():
         assert model.encode_image(batch[0]).isfinite().all()
     assert all(torch.equal(value, floats[name]) for name, value in model.state_dict().items())
@@ -151,7 +151,8 @@ def test_a_budget_below_the_smallest_widths_is_refused_before_any_data(clip):
         ({"widths": ["w17"]}, "must be 2 to 16, or 32 for float; got 17"),
         ({"widths": ["float"]}, "must be 2 to 16 bits, got 'float'"),
         ({"widths": ["four"]}, "must be a number, `float`, or such as `w4a8`"),
-        ({"bits": 0.0}, "must be above 0, got 0"),
+        ({"bits": 0.0}, "must be above 0 and at most 32, got 0"),
+        ({"bits": 1e200, "budget": "bops"}, "must be above 0 and at most 32, got 1e\\+200"),
         ({"budget": "speed"}, "budget must be one of size, bops"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_clipq import load_quantized, quantize, save_quantized
-from lit_clipq.api import quantize_many
+from lit_clipq.api import preview, quantize_many
 from lit_clipq.calibration.session import Session
 from lit_clipq.checkpoint import identify
 from lit_clipq.errors import ConfigError
@@ -51,8 +51,13 @@ def test_no_registers_are_the_identity_and_the_report_says_why():
     resnet, batch, _ = tower("resnet")
     told = prepared(resnet, [batch], ["registers"])[0].report.stages["registers"]
     assert told["reason"] == "no vision tower with a residual stream between LayerNorms is quantized"
-    late = prepared(model, [tower("vit")[1]], [{"registers": {"blocks": [7]}}])[0].report.stages["registers"]
-    assert late["reason"] == "the tower has 2 blocks, none of them is offered"
+    pictures, texts = tower("vit")[1]
+    told = prepared(model, [(pictures[:1], texts[:1])], ["registers"])[0].report.stages["registers"]
+    assert told == {"count": 0, "reason": "no picture to be judged on"}
+    recipe = compose([{"registers": {"blocks": [0, 7]}}, "grids", "ranges"], bits=BitWidths.resolve({"bits": 8}))
+    for run in (lambda: preview(model, recipe), lambda: quantize_many(model, [(pictures, texts)], [recipe])):
+        with pytest.raises(ConfigError, match="names block 7, but the vision tower has 2"):
+            run()
 
 
 def test_what_does_not_help_on_pictures_held_out_is_not_kept(monkeypatch):

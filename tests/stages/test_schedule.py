@@ -444,3 +444,20 @@ def test_batches_of_another_form_need_to_say_where_their_texts_are(clip, batch):
 def test_options_without_effect_are_refused(option):
     with pytest.raises(ConfigError, match=f"has no option {next(iter(option))}: none of its stages looks at operands"):
         make_recipe("vanilla", **option)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ["grids", "ranges"],
+        ["smooth", "equalize", "grids", "ranges"],
+        ["registers", "equalize", "grids", "ranges"],
+        ["rotate", "smooth", "grids", "llm_int8", "ranges"],
+    ],
+    ids=str,
+)
+def test_passes_are_told_as_they_are_run(stages):
+    clip = load_clip("mini-vit")
+    batch = torch.rand(4, 3, 64, 64), clip.preprocessing.tokenizer(["a red star", "a fish", "a cup", "two trees"])
+    (form,) = quantize_many(clip.model, [batch], [compose(stages)])
+    assert form.report.passes == form.draft.session.passes
