@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lit_clipq.calibration.batches import hashed
+from lit_clipq.calibration.batches import sample_of
 from lit_clipq.calibration.links import SeenLinks
 from lit_clipq.calibration.needs import Need
 from lit_clipq.calibration.scaling import multiplied
@@ -12,10 +12,10 @@ from lit_clipq.nn.layout import Layout
 from lit_clipq.nn.modules import QWeighted
 from lit_clipq.nn.quantizer import Quantizer, UniformQuantizer
 from lit_clipq.nn.swap import MapEntry
+from lit_clipq.search.data import held_out as samples_held_out
 from lit_clipq.stages.draft import Draft
 from lit_clipq.stages.grids import Grids
 
-_HELD_OUT = 4  # every fourth unit, by its hash
 _SHARES = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a range
 
 
@@ -30,14 +30,14 @@ class ReaderError:
         draft: Where the layer's float weight is taken from.
         entry: What is to become of the layer.
         seen: Its channels, and a sample of what it reads.
-        held_out: Whether the quarter of the sample is looked at that is held out, or the rest.
+        held_out: Whether the rows of calibration samples that are held out are looked at, every fourth, or the rest.
     """
 
     def __init__(self, draft: Draft, entry: MapEntry, seen: SeenLinks, *, held_out: bool) -> None:
         layer = draft.session.layer[entry.name]
         sample, self.seen = seen.samples[entry.name], seen.channels[entry.name]
-        chosen = (hashed(sample.keys) % _HELD_OUT == 0) == held_out
-        if not bool(chosen.any()):  # too few units to hold any out
+        chosen = samples_held_out(sample_of(sample.keys)) == held_out
+        if not bool(chosen.any()):  # too few samples to hold any out
             chosen = torch.ones_like(chosen)
         device = draft.session.device
         self.x = sample.units[chosen].to(device)  # (N, in) or (N, C, H, W)

@@ -125,7 +125,10 @@ def visit(session: Session, drafts: Sequence[Draft], *, propagate: Propagate, pr
     names = _names(session, drafts)
     forms = {id(draft): _forms(draft) for draft in drafts}
     fitted = [form for draft in drafts for form in forms[id(draft)] or [draft]]
-    ranges = {id(draft): _ranges(draft) if Need.RANGES in needs else {} for draft in fitted}
+    ranges: dict[int, Ranges] = {}
+    for draft in drafts:  # forms differ in widths only, and so see the same
+        seen = _ranges(draft) if Need.RANGES in needs else {}
+        ranges |= {id(form): seen for form in forms[id(draft)] or [draft]}
     visitor = _Visitor(session, fitted, ranges, progress, {id(form): {} for group in forms.values() for form in group})
     floats = {id(draft): floats_of(draft) for draft in drafts if has_block_stages(draft.stages)}
     if Need.OPERANDS not in needs:

@@ -43,7 +43,8 @@ def equalised(model, batch, recipe=None):
 
 def scaled(report):
     """Return what equalising says: expected error over that without scaling, by what makes the channels."""
-    return report.stages.get("equalize", {})
+    told = report.stages.get("equalize", {})
+    return {} if "reason" in told else told
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mini-vit", "mini-resnet")]

@@ -453,6 +453,7 @@ def test_options_without_effect_are_refused(option):
         ["smooth", "equalize", "grids", "ranges"],
         ["registers", "equalize", "grids", "ranges"],
         ["rotate", "smooth", "grids", "llm_int8", "ranges"],
+        ["grids", "ranges", {"allocate": {"widths": ["w4a8"]}}],
     ],
     ids=str,
 )

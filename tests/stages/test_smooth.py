@@ -14,6 +14,7 @@ from lit_clipq.checkpoint import identify
 from lit_clipq.errors import ConfigError
 from lit_clipq.models import load_clip
 from lit_clipq.recipes import BitWidths, compose, make_recipe
+from lit_clipq.stages.products import ReaderError
 from lit_clipq.stages.smooth import smoothing_factors
 from tests.models.conftest import CONFIGS
 from tests.stages.float_forms import embed, largest_change, prepared, same_state, tower
@@ -88,6 +89,16 @@ def test_only_links_that_are_better_on_rows_held_out_are_smoothed():
     assert floats["clip.transformer.resblocks.0.ln_1"] == {"alpha": None, "reason": "its readers are not quantized"}
     alone = told(prepared(model, [batch], [{"smooth": {"divide_inputs": False}}])[0].report)
     assert alone["clip.visual.proj"]["reason"] == "others read the LayerNorm, and divide_inputs is false"
+
+
+def test_what_is_held_out_are_whole_samples():
+    model, batch, _ = tower("vit")
+    draft = prepared(model, [batch], ["smooth"])[0].draft
+    entry = next(e for e in draft.plan.quantized if e.name == "clip.visual.transformer.resblocks.0.mlp.c_fc")
+    samples = draft.links.samples[entry.name].keys // 2**24
+    held, fitted = (ReaderError(draft, entry, draft.links, held_out=held) for held in (True, False))
+    assert 0 < len(held.x) == int((samples % 4 == 1).sum())
+    assert 0 < len(fitted.x) == int((samples % 4 != 1).sum())
 
 
 class Reading(nn.Module):
