@@ -121,16 +121,58 @@ class PointRecord:
         Raises:
             ValueError: If it is none, or has another format.
         """
-        content = json.loads(line)
+        try:
+            content = json.loads(line)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"expected a JSON object with `format` {FORMAT}")
         try:
             content["identity"] = Identity(**content["identity"])
             content["differences"] = {name: Interval(**value) for name, value in content["differences"].items()}
             content["scores"] = _unpacked(content["scores"])
-            return cls(**content)
-        except (KeyError, TypeError, AttributeError, zlib.error) as error:
+            record = cls(**content)
+            _check_types(record)
+            return record
+        except (KeyError, IndexError, TypeError, AttributeError, OverflowError, zlib.error) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+_WORDS = ("id", "task", "model", "widths_in_words", "command")
+_PERHAPS_WORDS = ("pretrained", "method", "error")
+_COUNTS = ("seed", "calibration_samples", "float_bytes", "quantized_bytes")
+_GROUPS: dict[str, tuple[type, ...]] = {
+    "widths": (int,),
+    "quantize": (object,),
+    "metrics": (int, float),
+    "samples": (int,),
+    "sqnr_db": (int, float),
+    "details": (object,),
+    "versions": (str,),
+}
+
+
+def _check_types(record: PointRecord) -> None:
+    """Check the values of a line, which anyone may have edited.
+
+    Raises:
+        ValueError: If one is of another type than `PointRecord` says.
+    """
+    kinds: list[tuple[str, tuple[type, ...]]] = [(name, (str,)) for name in _WORDS]
+    kinds += [(name, (str, type(None))) for name in _PERHAPS_WORDS]
+    kinds += [(name, (int,)) for name in _COUNTS] + [("float_macs_share", (int, float))]
+    wrong = [name for name, kind in kinds if not isinstance(getattr(record, name), kind)]
+    for name, kind in _GROUPS.items():
+        group = getattr(record, name)
+        if not isinstance(group, dict) or not all(isinstance(value, kind) for value in group.values()):
+            wrong.append(name)
+    wrong += [] if record.kind in ("float", "point") else ["kind"]
+    wrong += [] if all(isinstance(value, str) for value in asdict(record.identity).values()) else ["identity"]
+    bounds = [value for interval in record.differences.values() for value in asdict(interval).values()]
+    wrong += [] if all(isinstance(value, int | float) for value in bounds) else ["differences"]
+    wrong += [] if all(len(one.values) == len(one.clusters) for one in record.scores.values()) else ["scores"]
+    if wrong:
+        raise ValueError(f"its {', '.join(wrong)} cannot be what they are")
 
 
 def read_records(*paths: Path) -> list[PointRecord]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_clipq.errors import ConfigError
 from lit_clipq.paths import write_whole
 from lit_clipq.report import draw, series
 from lit_clipq.report.page import render
@@ -36,11 +37,14 @@ def write_report(paths: Iterable[str | Path], folder: str | Path = "report") -> 
 
     Raises:
         DataError: If there is nothing to report, or a file is damaged.
-        ConfigError: If matplotlib is not installed.
+        ConfigError: If matplotlib is not installed, or the folder is a file.
         OSError: If the folder cannot be written.
     """
     draw.pyplot()
-    read, target = read_points(paths), Path(folder)
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"expected a folder for the report, but {target} is a file; give another --out")
+    read = read_points(paths)
     sections = [
         (members, figures_of(members, f"{i:02d}"))
         for i, members in enumerate(series.by_setting(read.points).values(), 1)

@@ -7,12 +7,12 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from lit_clipq.analysis.records import Identity, PointRecord, read_records
+from lit_clipq.analysis.records import FORMAT, Identity, PointRecord, read_records
 from lit_clipq.errors import ConfigError
 from lit_clipq.paths import write_whole
 
-BEGINNING = b'{"format":'
-"""What every line begins with."""
+BEGINNING = f'{{"format":{FORMAT},"id":"'.encode()
+"""What every line begins with; a file of something else is never cut."""
 
 
 class ResultsFile:

@@ -95,6 +95,35 @@ def test_a_damaged_line_is_named(tmp_path, line):
         read_records(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": []},
+        {"identity": {"code": 1, "model": "m", "data": "d", "settings": "s"}},
+        {"kind": "other"},
+        {"metrics": {"recall@1_t2i": "high"}},
+        {"metrics": 5},
+        {"widths": {"vision_weight": None}},
+        {"differences": {"cider": {"value": "0", "low": 0, "high": 0}}},
+        {"scores": {"clusters": [], "metrics": {"cider": {"clusters": 0, "values": ""}}}},
+        {"seed": "0"},
+        {"error": 5},
+    ],
+)
+def test_a_line_that_was_edited_to_values_of_another_type_is_named(changes, tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{point('a').to_line()}\n{json.dumps(json.loads(point('b').to_line()) | changes)}\n")
+    with pytest.raises(DataError, match="line 2: expected a point of a sweep"):
+        read_records(path)
+
+
+def test_a_line_that_is_nested_without_end_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match=r"line 1: .*nested too deeply"):
+        read_records(path)
+
+
 def test_an_absent_file_is_named(tmp_path):
     with pytest.raises(DataError, match="absent"):
         read_records(tmp_path / "absent")

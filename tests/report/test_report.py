@@ -174,3 +174,14 @@ def test_a_report_of_nothing_is_one_sentence_and_exit_code_1(args, capsys, tmp_p
     assert main(["report", *args]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_into_a_file_is_refused(tmp_path, capsys):
+    target = tmp_path / "file"
+    target.write_text("kept")
+    assert main(["report", str(write_run(tmp_path)), "--out", str(target)]) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: expected a folder for the report, but {target} is a file; give another --out\n"
+    )
+    assert target.read_text() == "kept"

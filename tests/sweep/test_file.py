@@ -137,3 +137,24 @@ def test_lines_are_put_in_the_order_of_the_sweep(tmp_path):
 def test_a_folder_in_its_place_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="results cannot be written"), opened(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format": 1, "id": "a"}', '{"format":"an export","x":1}', '{"format":2,"id":"a"}', "key: value"]
+)
+def test_a_file_of_something_else_without_a_line_end_is_left_as_it_was(content, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="is no results file of a sweep"), opened(path):
+        pass
+    assert path.read_text() == content
+
+
+def test_a_line_is_taken_for_torn_wherever_it_was_cut(tmp_path):
+    path = tmp_path / "results.jsonl"
+    line = point("a").to_line()
+    for length in (1, 5, 12, 18, 40, len(line)):
+        path.write_text(line[:length])
+        with opened(path) as file:
+            assert not file.has("a")
+        assert path.read_text() == ""
