@@ -17,6 +17,7 @@ from lit_clipq.cli import find_config, main, resolve_configs
 from lit_clipq.errors import ConfigError, DataError
 from lit_clipq.tasks import Retrieval
 from lit_clipq.trainer import QuantTrainer
+from lit_clipq.trainer.float_pass import remembered
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = ["--data.limit", "60", "--quantize.calibration_samples", "32"]
@@ -247,7 +248,7 @@ def test_an_error_in_a_loading_process_is_told_without_its_traceback(capsys, mon
 @pytest.mark.slow
 def test_a_cache_that_cannot_be_written_costs_no_results(tmp_path, cache_folder, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("lit_clipq.trainer.cache_dir", lambda: tmp_path / "file")
+    monkeypatch.setattr("lit_clipq.trainer.float_pass.cache_dir", lambda: tmp_path / "file")
     assert validate(tmp_path)["metrics"]["float"]
 
 
@@ -260,10 +261,10 @@ def test_later_ranks_do_as_the_first_decided(tmp_path, monkeypatch, decided, exp
     path = tmp_path / "float.json"
     if expected:
         with pytest.raises(ConfigError, match=expected):
-            trainer._remembered(path)
+            remembered(trainer, path)
     else:
         path.write_text('{"metrics": {}, "scores": {}, "samples": {}}')
-        assert trainer._remembered(path) is None
+        assert remembered(trainer, path) is None
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from lit_clipq.trainer import QuantTrainer
 from tests.tasks.fakes import make_task
 
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARY = ("trainer.py", "cli.py", "tasks", "analysis")
+LIBRARY = ("trainer", "cli.py", "tasks", "analysis")
 ROOMS = (*(f"lit_clipq/{name}" for name in LIBRARY), "datamodules", "callbacks")
 FOREIGN = {
     "cluster_environment": "Lightning's strategies for one device have none",

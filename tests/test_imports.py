@@ -35,7 +35,6 @@ ALLOWED = read_table()
 WITHOUT_LIGHTNING = (
     "lit_clipq.tasks",
     "lit_clipq.trainer",
-    "lit_clipq.trainer_analysis",
     "lit_clipq.cli",
     "datamodules",
     "callbacks",

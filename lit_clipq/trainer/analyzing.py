@@ -1,21 +1,62 @@
-"""The analysis of a task on a Trainer: its calibration data, its checkpoint, its metric."""
+"""The analysis of a task on a Trainer: its calibration data, its checkpoint, its metric, its file."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import move_data_to_device
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lit_clipq.analysis.comparison import write_json
 from lit_clipq.contracts import CalibrationBatch, CalibrationData, IdentifiedData, MeasuredTask, require
 from lit_clipq.errors import ConfigError
 from lit_clipq.recipes import Recipe
 from lit_clipq.sensitivity import Analysis, analyze
+from lit_clipq.trainer.attached import quantizing_of
+from lit_clipq.trainer.checks import check_writable
+from lit_clipq.trainer.origin import command_line, versions
+
+if TYPE_CHECKING:
+    from lit_clipq.trainer.trainer import QuantTrainer
 
 
-def run_analysis(
+def analyze_task(
+    trainer: "QuantTrainer",
+    model: LightningModule | None,
+    datamodule: LightningDataModule | None,
+    ckpt_path: str | Path | None,
+    *,
+    metric: int,
+    **options: Any,
+) -> Analysis:
+    """Analyse the networks of a task and write `analysis.json`; arguments as for `QuantTrainer.analyze`.
+
+    Args:
+        trainer: Has the callback, and the name of the file.
+        model: See there.
+        datamodule: See there.
+        ckpt_path: See there.
+        metric: See there.
+        **options: See there.
+    """
+    task, callback = require(model, MeasuredTask), quantizing_of(trainer)
+    recipe = callback.recipe if callback is not None and callback.active else None
+    if metric < 0:
+        raise ConfigError(f"metric must be at least 0, got {metric}")
+    if callback is None or recipe is None:
+        raise ConfigError("the analysis needs a method and less than 32 bits; give --quantize.recipe")
+    if trainer.is_global_zero:
+        check_writable(Path(trainer.results))
+    analysis = _run(trainer, task, datamodule, callback, ckpt_path, metric=metric, **options)
+    origin = {"task": type(task).__name__, "model": task.model_name, "pretrained": task.pretrained}
+    content = {**origin, **analysis.to_json(), "quantize": recipe.to_json()}
+    write_json(Path(trainer.results), {**content, "versions": versions(), "command": command_line()})
+    return analysis
+
+
+def _run(
     trainer: Trainer,
     task: MeasuredTask,
     datamodule: LightningDataModule | None,
