@@ -11,7 +11,7 @@ from lit_clipq.models import encode_image, load_clip
 from lit_clipq.recipes import BitWidths, make_recipe
 
 pytestmark = pytest.mark.slow
-INCLUDE = ("clip.visual.*",)
+INCLUDE = ("clip.visual.transformer.resblocks.[01].*", "clip.visual.proj")
 
 
 @pytest.fixture(scope="module")
