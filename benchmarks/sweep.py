@@ -1,6 +1,6 @@
 """A sweep against a `validate` run for each of its points: `python -m benchmarks.sweep`.
 
-Retrieval in the mini world, the seed's grid of five widths of the image tower by five of the text tower, one
+Retrieval in the mini world, a grid of five widths of the image tower by five of the text tower, one
 calibration seed: 25 points. Both are run as a user runs them, as processes, on a world that is drawn already, in turn
 in one run of this program. Every number of the points that `validate` measured is compared with the sweep's.
 
